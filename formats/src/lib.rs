@@ -1,0 +1,15 @@
+//! Image layer formats: bytes in, structures out, and back.
+//!
+//! This crate performs no I/O, spawns no thread, reads no environment and knows no async runtime.
+//! Every parser takes explicit [`limits::Limits`], uses checked arithmetic and answers hostile
+//! input with a typed error that carries the offset.
+//!
+//! Entry points: [`tree::LayerTree`] (the one in-memory tree), [`blobmap::BlobMap`] (where decoded
+//! bytes come from).
+#![forbid(unsafe_code)]
+
+pub mod blobmap;
+pub mod digest;
+pub mod limits;
+pub mod tree;
+pub mod units;

@@ -1,0 +1,4 @@
+//! Where every remote byte enters: registry client, range-request cache, prefetch, hydration.
+#![forbid(unsafe_code)]
+
+pub mod source;
