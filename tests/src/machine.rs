@@ -1,0 +1,79 @@
+//! What this machine has: binaries of this build, privately unpacked programs, skips.
+
+use std::{
+    env,
+    io::Write as _,
+    path::{Path, PathBuf},
+};
+
+/// Says loudly that a test cannot run here, and counts it for `./run test`.
+pub fn skip(why: &str) {
+    let name = std::thread::current().name().unwrap_or("test").to_owned();
+    eprintln!("SKIP: {name}: {why}");
+    if let Some(path) = env::var_os("SNAPSHOTTERD_SKIPS") {
+        let file = std::fs::OpenOptions::new().append(true).create(true).open(path);
+        if let Ok(mut file) = file {
+            let _ = writeln!(file, "{name}: {why}");
+        }
+    }
+}
+
+/// Whether the process is root, which everything that mounts needs.
+pub fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+/// A binary of this workspace: `snapshotterd`, `snapctl`, `lab-registry`.
+///
+/// # Panics
+/// When it has not been built (`cargo build --workspace --bins`).
+pub fn binary(name: &str) -> PathBuf {
+    let dir = env::var_os("SNAPSHOTTERD_BIN_DIR").map_or_else(
+        || {
+            let test = env::current_exe().expect("the test's own path");
+            // target/PROFILE/deps/test-HASH
+            test.ancestors().nth(2).expect("a target directory").to_owned()
+        },
+        PathBuf::from,
+    );
+    let path = dir.join(name);
+    assert!(path.exists(), "{} is not built: run `cargo build --workspace --bins` first", path.display());
+    path
+}
+
+/// Where downloads and builds of real components are kept (`$SNAPSHOTTERD_CACHE`).
+pub fn cache_dir() -> PathBuf {
+    if let Some(dir) = env::var_os("SNAPSHOTTERD_CACHE") {
+        return dir.into();
+    }
+    let base = env::var_os("XDG_CACHE_HOME").map(PathBuf::from).unwrap_or_else(|| {
+        Path::new(&env::var_os("HOME").unwrap_or_else(|| "/root".into())).join(".cache")
+    });
+    base.join("snapshotterd")
+}
+
+/// A program from a privately unpacked Debian package (`tests/peers/debs`), e.g.
+/// `("runc", "usr/sbin/runc")`.
+pub fn deb_program(package: &str, path: &str) -> Option<PathBuf> {
+    let path = cache_dir().join("debs").join(package).join(path);
+    path.exists().then_some(path)
+}
+
+/// A program on `PATH`.
+pub fn on_path(name: &str) -> Option<PathBuf> {
+    env::split_paths(&env::var_os("PATH")?).map(|dir| dir.join(name)).find(|path| path.is_file())
+}
+
+/// runc: the machine's own or the unpacked one.
+pub fn runc() -> Option<PathBuf> {
+    on_path("runc").or_else(|| deb_program("runc", "usr/sbin/runc"))
+}
+
+/// The third-party image fixtures, never part of this repository.
+pub fn fixtures() -> Option<PathBuf> {
+    let dir = env::var_os("SNAPSHOTTERD_FIXTURES").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/fixtures"),
+        PathBuf::from,
+    );
+    dir.is_dir().then_some(dir)
+}
