@@ -8,8 +8,10 @@ pub mod containerd;
 pub mod cri;
 pub mod daemon;
 pub mod isolate;
+pub mod listing;
 pub mod machine;
 pub mod process;
+pub mod tarball;
 pub mod workdir;
 
 pub use machine::skip;
