@@ -44,10 +44,19 @@ impl Line {
     /// The folder with `containerd`, `ctr` and the shim, when this machine has it.
     pub fn programs(self) -> Option<PathBuf> {
         match self {
-            Self::V1_6 => Some(deb_program("containerd-1.6", "usr/bin/containerd")?.parent()?.to_owned()),
+            Self::V1_6 => Some(
+                deb_program("containerd-1.6", "usr/bin/containerd")?
+                    .parent()?
+                    .to_owned(),
+            ),
             Self::V2_3 | Self::V2_4 => {
-                let dir = cache_dir().join("peers").join(format!("containerd-{}", self.version()));
-                ["containerd", "ctr", "containerd-shim-runc-v2"].iter().all(|p| dir.join(p).exists()).then_some(dir)
+                let dir = cache_dir()
+                    .join("peers")
+                    .join(format!("containerd-{}", self.version()));
+                ["containerd", "ctr", "containerd-shim-runc-v2"]
+                    .iter()
+                    .all(|p| dir.join(p).exists())
+                    .then_some(dir)
             }
         }
     }
@@ -59,7 +68,10 @@ impl Line {
         }
         self.programs().is_none().then(|| match self {
             Self::V1_6 => "no containerd 1.6.20 (tests/peers/debs unpacks it)".to_owned(),
-            _ => format!("no containerd {} (tests/peers/build builds it; needs Go)", self.version()),
+            _ => format!(
+                "no containerd {} (tests/peers/build builds it; needs Go)",
+                self.version()
+            ),
         })
     }
 }
@@ -101,14 +113,23 @@ impl Containerd {
         std::fs::write(&config, config_text(dir, &setup)).expect("containerd's config file");
         let log = dir.join("containerd.log");
         let mut command = Command::new(programs.join("containerd"));
-        command.arg("--config").arg(&config).env("PATH", path_with(&programs));
-        let mut process = Process::start("containerd", &mut command, &log).expect("containerd starts");
+        command
+            .arg("--config")
+            .arg(&config)
+            .env("PATH", path_with(&programs));
+        let mut process =
+            Process::start("containerd", &mut command, &log).expect("containerd starts");
         let socket = dir.join("c.sock");
         wait_for("containerd to listen", Duration::from_secs(30), || {
             assert!(process.is_running(), "containerd exited:\n{}", tail(&log));
             UnixStream::connect(&socket).is_ok()
         });
-        Self { dir: dir.to_owned(), setup, programs, process }
+        Self {
+            dir: dir.to_owned(),
+            setup,
+            programs,
+            process,
+        }
     }
 
     /// Its gRPC socket.
@@ -135,7 +156,11 @@ impl Containerd {
     ///
     /// # Panics
     /// When `timeout(1)` cannot be started.
-    pub fn ctr_within<S: AsRef<OsStr>>(&self, seconds: u32, args: impl IntoIterator<Item = S>) -> Output {
+    pub fn ctr_within<S: AsRef<OsStr>>(
+        &self,
+        seconds: u32,
+        args: impl IntoIterator<Item = S>,
+    ) -> Output {
         self.client(&self.programs.join("ctr"), seconds, args)
     }
 
@@ -144,7 +169,10 @@ impl Containerd {
     /// # Panics
     /// When ctr fails.
     pub fn ctr<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> String {
-        let args: Vec<_> = args.into_iter().map(|arg| arg.as_ref().to_owned()).collect();
+        let args: Vec<_> = args
+            .into_iter()
+            .map(|arg| arg.as_ref().to_owned())
+            .collect();
         let output = self.ctr_within(120, &args);
         self.expect_success("ctr", &args, &output)
     }
@@ -155,7 +183,12 @@ impl Containerd {
         Some(self.client(&program, 180, args))
     }
 
-    fn client<S: AsRef<OsStr>>(&self, program: &Path, seconds: u32, args: impl IntoIterator<Item = S>) -> Output {
+    fn client<S: AsRef<OsStr>>(
+        &self,
+        program: &Path,
+        seconds: u32,
+        args: impl IntoIterator<Item = S>,
+    ) -> Output {
         Command::new("timeout")
             .args(["-k", "5", &seconds.to_string()])
             .arg(program)
@@ -193,7 +226,19 @@ impl Drop for Containerd {
         for namespace in ["default", "k8s.io"] {
             let listed = self.ctr_within(20, ["--namespace", namespace, "tasks", "ls", "-q"]);
             for id in String::from_utf8_lossy(&listed.stdout).split_whitespace() {
-                let _ = self.ctr_within(20, ["--namespace", namespace, "tasks", "kill", "-a", "-s", "SIGKILL", id]);
+                let _ = self.ctr_within(
+                    20,
+                    [
+                        "--namespace",
+                        namespace,
+                        "tasks",
+                        "kill",
+                        "-a",
+                        "-s",
+                        "SIGKILL",
+                        id,
+                    ],
+                );
                 let _ = self.ctr_within(20, ["--namespace", namespace, "tasks", "rm", "-f", id]);
             }
         }
@@ -202,15 +247,29 @@ impl Drop for Containerd {
 }
 
 fn path_with(programs: &Path) -> String {
-    let runc = runc().and_then(|path| Some(path.parent()?.display().to_string())).unwrap_or_default();
-    format!("{}:{runc}:{}", programs.display(), std::env::var("PATH").unwrap_or_default())
+    let runc = runc()
+        .and_then(|path| Some(path.parent()?.display().to_string()))
+        .unwrap_or_default();
+    format!(
+        "{}:{runc}:{}",
+        programs.display(),
+        std::env::var("PATH").unwrap_or_default()
+    )
 }
 
 fn config_text(dir: &Path, setup: &Setup) -> String {
-    let Setup { snapshotter, cri_snapshotter, sandbox_image, hosts_dir, .. } = setup;
+    let Setup {
+        snapshotter,
+        cri_snapshotter,
+        sandbox_image,
+        hosts_dir,
+        ..
+    } = setup;
     let dir = dir.display();
     let hosts_dir = hosts_dir.display();
-    let runc = runc().map(|path| path.display().to_string()).unwrap_or_default();
+    let runc = runc()
+        .map(|path| path.display().to_string())
+        .unwrap_or_default();
     let proxy = snapshotter.as_ref().map_or_else(String::new, |(socket, root)| {
         let exports = if setup.line == Line::V1_6 {
             String::new()

@@ -198,7 +198,10 @@ impl Cri {
     /// Connects to containerd's socket.
     pub async fn connect(socket: &Path) -> Result<Self> {
         let uri = format!("unix://{}", socket.display());
-        let channel = Endpoint::from_shared(uri)?.connect().await.context("CRI socket")?;
+        let channel = Endpoint::from_shared(uri)?
+            .connect()
+            .await
+            .context("CRI socket")?;
         Ok(Self { channel })
     }
 
@@ -212,29 +215,50 @@ impl Cri {
         let mut request = Request::new(request);
         request.set_timeout(Duration::from_secs(120));
         let codec = tonic_prost::ProstCodec::<Q, A>::default();
-        let answer = client.unary(request, PathAndQuery::from_static(path), codec).await;
-        Ok(answer.map_err(|status| anyhow::anyhow!("{path}: {:?}: {}", status.code(), status.message()))?.into_inner())
+        let answer = client
+            .unary(request, PathAndQuery::from_static(path), codec)
+            .await;
+        Ok(answer
+            .map_err(|status| anyhow::anyhow!("{path}: {:?}: {}", status.code(), status.message()))?
+            .into_inner())
     }
 
     /// `PullImage`; returns the image id.
     pub async fn pull_image(&self, image: &str, pod: Option<PodSandboxConfig>) -> Result<String> {
-        let image = Some(ImageSpec { image: image.to_owned() });
-        let request = PullImageRequest { image, sandbox_config: pod };
-        let answer: PullImageResponse = self.call("/runtime.v1.ImageService/PullImage", request).await?;
+        let image = Some(ImageSpec {
+            image: image.to_owned(),
+        });
+        let request = PullImageRequest {
+            image,
+            sandbox_config: pod,
+        };
+        let answer: PullImageResponse = self
+            .call("/runtime.v1.ImageService/PullImage", request)
+            .await?;
         Ok(answer.image_ref)
     }
 
     /// `RemoveImage`.
     pub async fn remove_image(&self, image: &str) -> Result<()> {
-        let request = RemoveImageRequest { image: Some(ImageSpec { image: image.to_owned() }) };
-        let _: Empty = self.call("/runtime.v1.ImageService/RemoveImage", request).await?;
+        let request = RemoveImageRequest {
+            image: Some(ImageSpec {
+                image: image.to_owned(),
+            }),
+        };
+        let _: Empty = self
+            .call("/runtime.v1.ImageService/RemoveImage", request)
+            .await?;
         Ok(())
     }
 
     /// `RunPodSandbox` of a host-network pod; returns its id.
     pub async fn run_sandbox(&self, pod: &PodSandboxConfig) -> Result<String> {
-        let request = RunPodSandboxRequest { config: Some(pod.clone()) };
-        let answer: SandboxId = self.call("/runtime.v1.RuntimeService/RunPodSandbox", request).await?;
+        let request = RunPodSandboxRequest {
+            config: Some(pod.clone()),
+        };
+        let answer: SandboxId = self
+            .call("/runtime.v1.RuntimeService/RunPodSandbox", request)
+            .await?;
         Ok(answer.pod_sandbox_id)
     }
 
@@ -248,12 +272,18 @@ impl Cri {
         command: &[&str],
     ) -> Result<String> {
         let config = ContainerConfig {
-            metadata: Some(ContainerMetadata { name: name.to_owned() }),
-            image: Some(ImageSpec { image: image.to_owned() }),
+            metadata: Some(ContainerMetadata {
+                name: name.to_owned(),
+            }),
+            image: Some(ImageSpec {
+                image: image.to_owned(),
+            }),
             command: command.iter().map(|&word| word.to_owned()).collect(),
             log_path: format!("{name}.log"),
             linux: Some(LinuxContainerConfig {
-                security_context: Some(ContainerSecurityContext { namespace_options: Some(NamespaceOption { network: 2 }) }),
+                security_context: Some(ContainerSecurityContext {
+                    namespace_options: Some(NamespaceOption { network: 2 }),
+                }),
             }),
         };
         let request = CreateContainerRequest {
@@ -261,15 +291,23 @@ impl Cri {
             config: Some(config),
             sandbox_config: Some(pod.clone()),
         };
-        let created: ContainerId = self.call("/runtime.v1.RuntimeService/CreateContainer", request).await?;
-        let _: Empty = self.call("/runtime.v1.RuntimeService/StartContainer", created.clone()).await?;
+        let created: ContainerId = self
+            .call("/runtime.v1.RuntimeService/CreateContainer", request)
+            .await?;
+        let _: Empty = self
+            .call("/runtime.v1.RuntimeService/StartContainer", created.clone())
+            .await?;
         Ok(created.container_id)
     }
 
     /// `ContainerStatus`.
     pub async fn status(&self, container: &str) -> Result<ContainerStatus> {
-        let request = ContainerId { container_id: container.to_owned() };
-        let answer: ContainerStatusResponse = self.call("/runtime.v1.RuntimeService/ContainerStatus", request).await?;
+        let request = ContainerId {
+            container_id: container.to_owned(),
+        };
+        let answer: ContainerStatusResponse = self
+            .call("/runtime.v1.RuntimeService/ContainerStatus", request)
+            .await?;
         answer.status.context("a status")
     }
 
@@ -291,15 +329,26 @@ impl Cri {
     /// `ExecSync`.
     pub async fn exec(&self, container: &str, command: &[&str]) -> Result<ExecSyncResponse> {
         let cmd = command.iter().map(|&word| word.to_owned()).collect();
-        let request = ExecSyncRequest { container_id: container.to_owned(), cmd, timeout: 60 };
-        self.call("/runtime.v1.RuntimeService/ExecSync", request).await
+        let request = ExecSyncRequest {
+            container_id: container.to_owned(),
+            cmd,
+            timeout: 60,
+        };
+        self.call("/runtime.v1.RuntimeService/ExecSync", request)
+            .await
     }
 
     /// `StopPodSandbox` and `RemovePodSandbox`.
     pub async fn remove_sandbox(&self, sandbox: &str) -> Result<()> {
-        let request = SandboxId { pod_sandbox_id: sandbox.to_owned() };
-        let _: Empty = self.call("/runtime.v1.RuntimeService/StopPodSandbox", request.clone()).await?;
-        let _: Empty = self.call("/runtime.v1.RuntimeService/RemovePodSandbox", request).await?;
+        let request = SandboxId {
+            pod_sandbox_id: sandbox.to_owned(),
+        };
+        let _: Empty = self
+            .call("/runtime.v1.RuntimeService/StopPodSandbox", request.clone())
+            .await?;
+        let _: Empty = self
+            .call("/runtime.v1.RuntimeService/RemovePodSandbox", request)
+            .await?;
         Ok(())
     }
 }
@@ -314,7 +363,9 @@ pub fn pod(name: &str, log_directory: &Path) -> PodSandboxConfig {
         }),
         log_directory: log_directory.display().to_string(),
         linux: Some(LinuxPodSandboxConfig {
-            security_context: Some(SandboxSecurityContext { namespace_options: Some(NamespaceOption { network: 2 }) }),
+            security_context: Some(SandboxSecurityContext {
+                namespace_options: Some(NamespaceOption { network: 2 }),
+            }),
         }),
     }
 }

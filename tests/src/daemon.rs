@@ -26,7 +26,11 @@ impl Daemon {
     /// # Panics
     /// When it does not listen within 20 s; its log is printed.
     pub fn start(dir: &Path, config: &str) -> Self {
-        let mut daemon = Self { dir: dir.to_owned(), config: config.to_owned(), process: None };
+        let mut daemon = Self {
+            dir: dir.to_owned(),
+            config: config.to_owned(),
+            process: None,
+        };
         daemon.restart();
         daemon
     }
@@ -42,7 +46,8 @@ impl Daemon {
         let mut command = Command::new(binary("snapshotterd"));
         command.arg("--config").arg(config).args(self.dir_args());
         command.args(["--log-level", "debug"]);
-        let process = Process::start("snapshotterd", &mut command, &self.log_path()).expect("snapshotterd starts");
+        let process = Process::start("snapshotterd", &mut command, &self.log_path())
+            .expect("snapshotterd starts");
         let process = self.process.insert(process);
         let socket = self.dir.join("sd.sock");
         let log = self.dir.join("daemon.log");
@@ -59,7 +64,10 @@ impl Daemon {
             ("--lowers", self.lowers()),
             ("--address", self.socket()),
         ];
-        pairs.into_iter().flat_map(|(flag, path)| [flag.into(), path.into()]).collect()
+        pairs
+            .into_iter()
+            .flat_map(|(flag, path)| [flag.into(), path.into()])
+            .collect()
     }
 
     /// The gRPC socket.
@@ -131,10 +139,17 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         let output = self.unmount();
         if !output.status.success() {
-            eprintln!("snapshotterd --unmount: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr));
+            eprintln!(
+                "snapshotterd --unmount: {}\n{}",
+                output.status,
+                String::from_utf8_lossy(&output.stderr)
+            );
         }
         if std::thread::panicking() {
-            eprintln!("--- end of the daemon's log ---\n{}", tail(&self.log_path()));
+            eprintln!(
+                "--- end of the daemon's log ---\n{}",
+                tail(&self.log_path())
+            );
         }
     }
 }

@@ -14,19 +14,35 @@ const INSIDE: &str = "SNAPSHOTTERD_TEST_INSIDE";
 /// # Panics
 /// When the child fails or needs longer than `seconds`.
 pub fn enter(seconds: u32) -> bool {
-    let name = std::thread::current().name().expect("tests have named threads").to_owned();
+    let name = std::thread::current()
+        .name()
+        .expect("tests have named threads")
+        .to_owned();
     if env::var_os(INSIDE).is_some_and(|inside| inside == *name) {
         return true;
     }
     let exe = env::current_exe().expect("the test's own path");
     let status = Command::new("timeout")
-        .args(["-k", "5", "-s", "KILL", &seconds.to_string(), "unshare", "--mount", "--propagation", "private"])
+        .args([
+            "-k",
+            "5",
+            "-s",
+            "KILL",
+            &seconds.to_string(),
+            "unshare",
+            "--mount",
+            "--propagation",
+            "private",
+        ])
         .arg(exe)
         .args(["--exact", &name, "--nocapture", "--test-threads=1"])
         .env(INSIDE, &name)
         .stdin(Stdio::null())
         .status()
         .expect("timeout(1) and unshare(1) start");
-    assert!(status.success(), "{name} failed in its own process: {status} (killed means: longer than {seconds} s)");
+    assert!(
+        status.success(),
+        "{name} failed in its own process: {status} (killed means: longer than {seconds} s)"
+    );
     false
 }

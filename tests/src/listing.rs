@@ -50,7 +50,9 @@ pub fn list(root: &Path) -> std::io::Result<Listing> {
     // The walk is sorted per directory, not over the whole tree: settle groups on the smallest name.
     let mut smallest: BTreeMap<PathBuf, PathBuf> = BTreeMap::new();
     for (path, row) in &listing {
-        smallest.entry(row.group.clone()).or_insert_with(|| path.clone());
+        smallest
+            .entry(row.group.clone())
+            .or_insert_with(|| path.clone());
     }
     for row in listing.values_mut() {
         if let Some(path) = smallest.get(&row.group) {
@@ -72,25 +74,42 @@ fn walk(
     let group = if kind.is_dir() {
         relative.to_owned()
     } else {
-        groups.entry((meta.dev(), meta.ino())).or_insert_with(|| relative.to_owned()).clone()
+        groups
+            .entry((meta.dev(), meta.ino()))
+            .or_insert_with(|| relative.to_owned())
+            .clone()
     };
     let row = Row {
         mode: meta.mode(),
         uid: meta.uid(),
         gid: meta.gid(),
-        size: if kind.is_file() || kind.is_symlink() { meta.size() } else { 0 },
+        size: if kind.is_file() || kind.is_symlink() {
+            meta.size()
+        } else {
+            0
+        },
         mtime: meta.mtime(),
         nlink: if kind.is_dir() { 0 } else { meta.nlink() },
         rdev: meta.rdev(),
         group,
-        target: if kind.is_symlink() { Some(fs::read_link(&path)?) } else { None },
+        target: if kind.is_symlink() {
+            Some(fs::read_link(&path)?)
+        } else {
+            None
+        },
         xattrs: xattrs(&path)?,
-        digest: if kind.is_file() { Some(Digest::of(&fs::read(&path)?)) } else { None },
+        digest: if kind.is_file() {
+            Some(Digest::of(&fs::read(&path)?))
+        } else {
+            None
+        },
         ino: meta.ino(),
     };
     listing.insert(relative.to_owned(), row);
     if kind.is_dir() {
-        let mut names: Vec<_> = fs::read_dir(&path)?.map(|entry| Ok(entry?.file_name())).collect::<std::io::Result<_>>()?;
+        let mut names: Vec<_> = fs::read_dir(&path)?
+            .map(|entry| Ok(entry?.file_name()))
+            .collect::<std::io::Result<_>>()?;
         names.sort();
         for name in names {
             walk(root, &relative.join(name), listing, groups)?;
@@ -107,7 +126,10 @@ fn xattrs(path: &Path) -> std::io::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
         Err(error) => return Err(error.into()),
     };
     let mut found = BTreeMap::new();
-    for name in names[..length].split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
+    for name in names[..length]
+        .split(|byte| *byte == 0)
+        .filter(|name| !name.is_empty())
+    {
         let mut value = vec![0; 64 << 10];
         let length = rustix::fs::lgetxattr(path, std::ffi::OsStr::from_bytes(name), &mut value)?;
         value.truncate(length);
@@ -128,10 +150,19 @@ pub struct Allowed {
 /// implied directories, landmarks and the TOC file.
 pub fn differences(oracle: &Listing, lazy: &Listing, allowed: &Allowed) -> Vec<String> {
     let hidden = |path: &Path| {
-        [".prefetch.landmark", ".no.prefetch.landmark", "stargz.index.json"].iter().any(|name| path == Path::new(name))
+        [
+            ".prefetch.landmark",
+            ".no.prefetch.landmark",
+            "stargz.index.json",
+        ]
+        .iter()
+        .any(|name| path == Path::new(name))
     };
     let mut found = Vec::new();
-    for path in oracle.keys().filter(|path| !lazy.contains_key(*path) && !hidden(path)) {
+    for path in oracle
+        .keys()
+        .filter(|path| !lazy.contains_key(*path) && !hidden(path))
+    {
         found.push(format!("{}: missing", path.display()));
     }
     for (path, row) in lazy {
@@ -142,12 +173,18 @@ pub fn differences(oracle: &Listing, lazy: &Listing, allowed: &Allowed) -> Vec<S
         if path.as_os_str().is_empty() {
             continue;
         }
-        let mut expected = Row { ino: row.ino, ..expected.clone() };
+        let mut expected = Row {
+            ino: row.ino,
+            ..expected.clone()
+        };
         if allowed.implied.contains(path) {
             expected.mtime = row.mtime;
         }
         if expected != *row {
-            found.push(format!("{}:\n    ordinary {expected:?}\n    lazy     {row:?}", path.display()));
+            found.push(format!(
+                "{}:\n    ordinary {expected:?}\n    lazy     {row:?}",
+                path.display()
+            ));
         }
     }
     found

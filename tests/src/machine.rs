@@ -11,7 +11,10 @@ pub fn skip(why: &str) {
     let name = std::thread::current().name().unwrap_or("test").to_owned();
     eprintln!("SKIP: {name}: {why}");
     if let Some(path) = env::var_os("SNAPSHOTTERD_SKIPS") {
-        let file = std::fs::OpenOptions::new().append(true).create(true).open(path);
+        let file = std::fs::OpenOptions::new()
+            .append(true)
+            .create(true)
+            .open(path);
         if let Ok(mut file) = file {
             let _ = writeln!(file, "{name}: {why}");
         }
@@ -32,12 +35,19 @@ pub fn binary(name: &str) -> PathBuf {
         || {
             let test = env::current_exe().expect("the test's own path");
             // target/PROFILE/deps/test-HASH
-            test.ancestors().nth(2).expect("a target directory").to_owned()
+            test.ancestors()
+                .nth(2)
+                .expect("a target directory")
+                .to_owned()
         },
         PathBuf::from,
     );
     let path = dir.join(name);
-    assert!(path.exists(), "{} is not built: run `cargo build --workspace --bins` first", path.display());
+    assert!(
+        path.exists(),
+        "{} is not built: run `cargo build --workspace --bins` first",
+        path.display()
+    );
     path
 }
 
@@ -46,9 +56,11 @@ pub fn cache_dir() -> PathBuf {
     if let Some(dir) = env::var_os("SNAPSHOTTERD_CACHE") {
         return dir.into();
     }
-    let base = env::var_os("XDG_CACHE_HOME").map(PathBuf::from).unwrap_or_else(|| {
-        Path::new(&env::var_os("HOME").unwrap_or_else(|| "/root".into())).join(".cache")
-    });
+    let base = env::var_os("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .unwrap_or_else(|| {
+            Path::new(&env::var_os("HOME").unwrap_or_else(|| "/root".into())).join(".cache")
+        });
     base.join("snapshotterd")
 }
 
@@ -61,7 +73,9 @@ pub fn deb_program(package: &str, path: &str) -> Option<PathBuf> {
 
 /// A program on `PATH`.
 pub fn on_path(name: &str) -> Option<PathBuf> {
-    env::split_paths(&env::var_os("PATH")?).map(|dir| dir.join(name)).find(|path| path.is_file())
+    env::split_paths(&env::var_os("PATH")?)
+        .map(|dir| dir.join(name))
+        .find(|path| path.is_file())
 }
 
 /// runc: the machine's own or the unpacked one.

@@ -19,8 +19,15 @@ impl Process {
     /// Starts `command` with stdout and stderr appended to `log`.
     pub fn start(name: &str, command: &mut Command, log: &Path) -> io::Result<Self> {
         let out = File::options().create(true).append(true).open(log)?;
-        let child = command.stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out).spawn()?;
-        Ok(Self { name: name.to_owned(), child })
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(out.try_clone()?)
+            .stderr(out)
+            .spawn()?;
+        Ok(Self {
+            name: name.to_owned(),
+            child,
+        })
     }
 
     /// Its pid.
@@ -35,7 +42,10 @@ impl Process {
 
     /// Sends a signal.
     pub fn signal(&self, signal: rustix::process::Signal) {
-        if let Some(pid) = i32::try_from(self.child.id()).ok().and_then(rustix::process::Pid::from_raw) {
+        if let Some(pid) = i32::try_from(self.child.id())
+            .ok()
+            .and_then(rustix::process::Pid::from_raw)
+        {
             let _ = rustix::process::kill_process(pid, signal);
         }
     }

@@ -21,7 +21,13 @@ struct Meta {
 
 impl Default for Meta {
     fn default() -> Self {
-        Self { mode: None, uid: 0, gid: 0, mtime: (1_700_000_000, 0), xattrs: BTreeMap::new() }
+        Self {
+            mode: None,
+            uid: 0,
+            gid: 0,
+            mtime: (1_700_000_000, 0),
+            xattrs: BTreeMap::new(),
+        }
     }
 }
 
@@ -63,7 +69,14 @@ impl Tarball {
 
     /// A directory.
     pub fn dir(&mut self, path: &str) -> &mut Self {
-        self.entry(&format!("{}/", path.trim_end_matches('/')), b'5', 0o755, "", (0, 0), b"")
+        self.entry(
+            &format!("{}/", path.trim_end_matches('/')),
+            b'5',
+            0o755,
+            "",
+            (0, 0),
+            b"",
+        )
     }
 
     /// A symbolic link.
@@ -93,7 +106,9 @@ impl Tarball {
 
     /// The whiteout of `path`.
     pub fn whiteout(&mut self, path: &str) -> &mut Self {
-        let (parent, name) = path.rsplit_once('/').map_or(("", path), |(parent, name)| (parent, name));
+        let (parent, name) = path
+            .rsplit_once('/')
+            .map_or(("", path), |(parent, name)| (parent, name));
         let slash = if parent.is_empty() { "" } else { "/" };
         self.file(&format!("{parent}{slash}.wh.{name}"), b"")
     }
@@ -103,7 +118,15 @@ impl Tarball {
         self.file(&format!("{path}/.wh..wh..opq"), b"")
     }
 
-    fn entry(&mut self, path: &str, kind: u8, mode: u32, link: &str, device: (u32, u32), data: &[u8]) -> &mut Self {
+    fn entry(
+        &mut self,
+        path: &str,
+        kind: u8,
+        mode: u32,
+        link: &str,
+        device: (u32, u32),
+        data: &[u8],
+    ) -> &mut Self {
         let meta = std::mem::take(&mut self.next);
         let mut records: Vec<(String, Vec<u8>)> = Vec::new();
         if path.len() > 100 || !path.is_ascii() {
@@ -121,16 +144,39 @@ impl Tarball {
         }
         if !records.is_empty() {
             let body = pax_body(&records);
-            self.header("PaxHeaders/entry", b'x', 0o644, 0, 0, 0, "", (0, 0), body.len());
+            self.header(
+                "PaxHeaders/entry",
+                b'x',
+                0o644,
+                0,
+                0,
+                0,
+                "",
+                (0, 0),
+                body.len(),
+            );
             self.payload(&body);
         }
         let mode = meta.mode.unwrap_or(mode);
-        self.header(path, kind, mode, meta.uid, meta.gid, seconds.max(0), link, device, data.len());
+        self.header(
+            path,
+            kind,
+            mode,
+            meta.uid,
+            meta.gid,
+            seconds.max(0),
+            link,
+            device,
+            data.len(),
+        );
         self.payload(data);
         self
     }
 
-    #[expect(clippy::too_many_arguments, reason = "one argument for each field of a tar header")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "one argument for each field of a tar header"
+    )]
     fn header(
         &mut self,
         path: &str,
@@ -181,7 +227,11 @@ fn pax_time(seconds: i64, nanos: u32) -> String {
         let total = i128::from(seconds) * 1_000_000_000 + i128::from(nanos);
         return format!("-{}.{:09}", -total / 1_000_000_000, -total % 1_000_000_000);
     }
-    if nanos == 0 { seconds.to_string() } else { format!("{seconds}.{nanos:09}") }
+    if nanos == 0 {
+        seconds.to_string()
+    } else {
+        format!("{seconds}.{nanos:09}")
+    }
 }
 
 fn pax_body(records: &[(String, Vec<u8>)]) -> Vec<u8> {

@@ -19,7 +19,10 @@ impl Workdir {
     /// # Panics
     /// When the directory cannot be made.
     pub fn new() -> Self {
-        let dir = tempfile::Builder::new().prefix("sd-").tempdir_in("/tmp").expect("a directory below /tmp");
+        let dir = tempfile::Builder::new()
+            .prefix("sd-")
+            .tempdir_in("/tmp")
+            .expect("a directory below /tmp");
         Self { dir: Some(dir) }
     }
 

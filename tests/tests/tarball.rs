@@ -21,9 +21,24 @@ fn the_machines_tar_reads_our_tarballs() {
         .finish();
     let path = work.path().join("a.tar");
     std::fs::write(&path, tar).unwrap();
-    let output = Command::new("tar").arg("-tvf").arg(&path).env("TZ", "UTC").output().unwrap();
+    let output = Command::new("tar")
+        .arg("-tvf")
+        .arg(&path)
+        .env("TZ", "UTC")
+        .output()
+        .unwrap();
     let listing = String::from_utf8(output.stdout).unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    assert!(listing.contains(&long) && listing.contains("-rwsr-xr-x 1/2"), "{listing}");
-    assert!(listing.contains("1969-12-31") && listing.contains("dir/.wh.gone"), "{listing}");
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(
+        listing.contains(&long) && listing.contains("-rwsr-xr-x 1/2"),
+        "{listing}"
+    );
+    assert!(
+        listing.contains("1969-12-31") && listing.contains("dir/.wh.gone"),
+        "{listing}"
+    );
 }
