@@ -11,5 +11,6 @@
 pub mod blobmap;
 pub mod digest;
 pub mod limits;
+pub mod oci;
 pub mod tree;
 pub mod units;
