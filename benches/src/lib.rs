@@ -1,1 +1,4 @@
-//! TODO: replaced by its owner.
+//! Benchmarks, the sample images they share, and the demo behind `./run demo`.
+#![forbid(unsafe_code)]
+
+pub mod sample;
