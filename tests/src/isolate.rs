@@ -9,7 +9,7 @@ use std::{
 const INSIDE: &str = "SNAPSHOTTERD_TEST_INSIDE";
 
 /// Returns true inside the isolated child. In the parent it runs the child, asserts that it
-/// succeeded, and returns false: `if !isolate::enter(module_path!(), 120) { return }`.
+/// succeeded, and returns false: `if !isolate::enter(120) { return }`.
 ///
 /// # Panics
 /// When the child fails or needs longer than `seconds`.
@@ -22,7 +22,7 @@ pub fn enter(seconds: u32) -> bool {
         return true;
     }
     let exe = env::current_exe().expect("the test's own path");
-    let status = Command::new("timeout")
+    let output = Command::new("timeout")
         .args([
             "-k",
             "5",
@@ -38,11 +38,19 @@ pub fn enter(seconds: u32) -> bool {
         .args(["--exact", &name, "--nocapture", "--test-threads=1"])
         .env(INSIDE, &name)
         .stdin(Stdio::null())
-        .status()
+        .output()
         .expect("timeout(1) and unshare(1) start");
+    let (stdout, stderr) = (
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
+    // What the body printed shows when the test fails, or with --nocapture.
+    println!("{}", stdout.replace("test result:", "inside:"));
+    eprintln!("{stderr}");
     assert!(
-        status.success(),
-        "{name} failed in its own process: {status} (killed means: longer than {seconds} s)"
+        output.status.success() && stdout.contains("1 passed"),
+        "{name} failed in its own process: {} (killed means: longer than {seconds} s)",
+        output.status
     );
     false
 }
