@@ -4,13 +4,15 @@
 //! Every parser takes explicit [`limits::Limits`], uses checked arithmetic and answers hostile
 //! input with a typed error that carries the offset.
 //!
-//! Entry points: [`tree::LayerTree`] (the one in-memory tree), [`blobmap::BlobMap`] (where decoded
-//! bytes come from).
+//! Entry points: [`tree::LayerTree`] (the one in-memory tree) and [`tree::Builder`] (what the
+//! entries of a layer make of it), [`blobmap::BlobMap`] (where decoded bytes come from),
+//! [`tar::Parser`] (a streaming tar parser).
 #![forbid(unsafe_code)]
 
 pub mod blobmap;
 pub mod digest;
 pub mod limits;
 pub mod oci;
+pub mod tar;
 pub mod tree;
 pub mod units;

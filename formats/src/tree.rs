@@ -5,6 +5,12 @@ use std::collections::BTreeMap;
 
 use crate::units::DecodedOffset;
 
+pub mod builder;
+mod path;
+
+pub use builder::{Applied, BuildError, Builder, Entry, EntryKind, NotLazyReason};
+pub use path::TreePath;
+
 /// Index of an inode in its [`LayerTree`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct InodeId(pub u32);
@@ -134,15 +140,13 @@ pub struct LayerTree {
 }
 
 impl LayerTree {
-    /// A tree that holds only an implied root directory.
+    /// A tree that holds only the root directory: 0755, root, 1970, whatever an image says of it,
+    /// as an ordinary unpack leaves it. (So it is never implied.)
     pub fn empty() -> Self {
         Self {
             inodes: vec![Inode {
                 attrs: Attrs::implied_directory(),
-                kind: Kind::Directory(Directory {
-                    implied: true,
-                    ..Directory::default()
-                }),
+                kind: Kind::Directory(Directory::default()),
                 nlink: 2,
             }],
         }
