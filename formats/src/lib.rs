@@ -11,6 +11,7 @@
 
 pub mod blobmap;
 pub mod digest;
+pub mod erofs;
 pub mod limits;
 pub mod oci;
 pub mod tar;

@@ -1,6 +1,11 @@
 //! The directory tree of one layer: the one in-memory form every reader produces and every
 //! presenter and writer consumes.
 
+mod assemble;
+
+pub use assemble::ShapeError;
+pub(crate) use assemble::is_name;
+
 use std::collections::BTreeMap;
 
 use crate::units::DecodedOffset;
