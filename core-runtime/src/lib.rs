@@ -8,3 +8,4 @@ pub mod cli;
 pub mod process;
 pub mod runner;
 mod sys;
+pub mod unpack;

@@ -13,6 +13,7 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
         "core-runtime",
         &["formats", "storage", "fuse", "snapshotterd", "lab"],
     ),
+    ("harness", &["formats"]),
     (
         "benches",
         &[
@@ -22,6 +23,7 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
             "snapshotterd",
             "core-runtime",
             "lab",
+            "harness",
         ],
     ),
     (
@@ -33,6 +35,7 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
             "snapshotterd",
             "core-runtime",
             "lab",
+            "harness",
             "benches",
         ],
     ),
