@@ -12,8 +12,10 @@
 pub mod blobmap;
 pub mod digest;
 pub mod erofs;
+pub mod gzip;
 pub mod limits;
 pub mod oci;
+pub mod stargz;
 pub mod tar;
 pub mod tree;
 pub mod units;

@@ -184,6 +184,22 @@ impl LayerTree {
             })
     }
 
+    /// A path that leads to `id`. Searches the whole tree: for messages.
+    pub fn path(&self, id: InodeId) -> Option<TreePath> {
+        let mut queue = vec![(Vec::new(), InodeId::ROOT)];
+        while let Some((path, at)) = queue.pop() {
+            if at == id {
+                return Some(TreePath::new(path));
+            }
+            let entries = self.directory(at).map(|directory| &directory.entries);
+            for (name, child) in entries.into_iter().flatten() {
+                let slash: &[u8] = if path.is_empty() { b"" } else { b"/" };
+                queue.push(([&path, slash, name].concat(), *child));
+            }
+        }
+        None
+    }
+
     /// Paths (cleaned, relative, "" is the root) of all directories no entry describes.
     pub fn implied_directories(&self) -> Vec<Vec<u8>> {
         let mut found = Vec::new();

@@ -5,7 +5,7 @@ use core::fmt;
 /// A path inside a layer as bytes: cleaned and relative ("" is the root), or, in errors about
 /// paths that cannot be cleaned, as the image spelt it. Shown with everything that is not
 /// printable ASCII escaped, and cut when very long.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TreePath(Vec<u8>);
 
 /// How many bytes of a path a message shows.
