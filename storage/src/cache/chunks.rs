@@ -1,0 +1,394 @@
+//! Single flight: who waits for which group of chunks, and what is being decoded.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    ops::Range,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::atomic::Ordering,
+    time::Instant,
+};
+
+use tokio::sync::oneshot;
+
+use super::{
+    bits::index,
+    codec::CorruptError,
+    layer::LayerBlob,
+    pool::{Scratch, Urgency},
+};
+use crate::{
+    ranges::FetchError,
+    source::{Cause, SourceError},
+};
+
+type Answer = Result<(), SourceError>;
+
+/// Groups that are neither absent nor present, by the index of their first chunk.
+pub(crate) type Tasks = BTreeMap<usize, Task>;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Wire,
+    Queued,
+    Decoding,
+}
+
+#[derive(Debug)]
+pub(crate) struct Task {
+    stage: Stage,
+    urgency: Urgency,
+    cause: Cause,
+    /// Its wire blocks were forgotten once already.
+    refetched: bool,
+    /// A fetch that it relied on failed once already.
+    retried: bool,
+    pub(crate) since: Instant,
+    pub(crate) waiters: Vec<oneshot::Sender<Answer>>,
+}
+
+impl Task {
+    fn new(stage: Stage, urgency: Urgency, cause: Cause) -> Self {
+        Self {
+            stage,
+            urgency,
+            cause,
+            refetched: false,
+            retried: false,
+            since: Instant::now(),
+            waiters: Vec::new(),
+        }
+    }
+}
+
+/// Why a group could not be decoded.
+enum Failure {
+    Corrupt { chunk: usize, error: CorruptError },
+    Io(io::Error),
+    Panicked,
+}
+
+impl LayerBlob {
+    /// Has the absent groups of a decoded range fetched and decoded; one receiver for each.
+    pub(crate) fn want(&self, range: Range<u64>, cause: Cause) -> Vec<oneshot::Receiver<Answer>> {
+        let urgency = match cause {
+            Cause::Demand | Cause::Metadata => Urgency::Reader,
+            Cause::Prefetch => Urgency::Soon,
+            Cause::Hydration => Urgency::Spare,
+        };
+        let mut waits = Vec::new();
+        let mut needed: Vec<Range<u64>> = Vec::new();
+        let mut ready = Vec::new();
+        {
+            let mut tasks = self.tasks.lock();
+            let mut last = None;
+            for number in self.absent(range) {
+                let group = self.group_start(number);
+                if last == Some(group) {
+                    continue;
+                }
+                last = Some(group);
+                // Bits are set before a task is removed, under this lock: look again.
+                if self.group_present(group) {
+                    continue;
+                }
+                let task = tasks
+                    .entry(group)
+                    .or_insert_with(|| Task::new(Stage::Wire, urgency, cause));
+                let (tx, rx) = oneshot::channel();
+                task.waiters.push(tx);
+                waits.push(rx);
+                let more_urgent = urgency < task.urgency;
+                task.urgency = task.urgency.min(urgency);
+                task.cause = task.cause.min(cause);
+                match task.stage {
+                    Stage::Wire => {
+                        let remote = self.group_remote(group);
+                        if self.wire.has(remote.clone()) {
+                            task.stage = Stage::Queued;
+                            ready.push((group, task.urgency));
+                        } else {
+                            needed.push(remote);
+                        }
+                    }
+                    // A second job at the higher urgency; whichever comes second finds nothing.
+                    Stage::Queued if more_urgent => ready.push((group, task.urgency)),
+                    Stage::Queued | Stage::Decoding => {}
+                }
+            }
+        }
+        if cause == Cause::Demand {
+            for remote in &needed {
+                tracing::trace!(layer = self.wire.name, ?remote, "reader waits for");
+            }
+        }
+        self.fetch(&needed, cause);
+        self.queue(ready);
+        waits
+    }
+
+    /// Decodes, when there is time, what of a remote range is in the wire but not in `data`.
+    pub(crate) fn decode_present(&self, range: Range<u64>) {
+        self.on_arrived(&range, Cause::Demand);
+    }
+
+    /// Bytes of the wire have become present: decode the groups that are complete now.
+    pub(crate) fn on_arrived(&self, range: &Range<u64>, cause: Cause) {
+        let came_along = match cause {
+            Cause::Demand => Some(Urgency::Spare),
+            Cause::Prefetch => Some(Urgency::Soon),
+            // The ordered pass decodes what hydration brings; until then the wire has it.
+            Cause::Metadata | Cause::Hydration => None,
+        };
+        let mut ready = Vec::new();
+        {
+            let mut tasks = self.tasks.lock();
+            self.for_groups(range, |group| match tasks.get_mut(&group) {
+                Some(task) if task.stage == Stage::Wire => {
+                    if self.wire.has(self.group_remote(group)) {
+                        task.stage = Stage::Queued;
+                        ready.push((group, task.urgency));
+                    }
+                }
+                Some(_) => {}
+                None => {
+                    if let Some(urgency) = came_along
+                        && !self.group_present(group)
+                        && self.wire.has(self.group_remote(group))
+                    {
+                        tasks.insert(group, Task::new(Stage::Queued, urgency, cause));
+                        ready.push((group, urgency));
+                    }
+                }
+            });
+        }
+        self.queue(ready);
+    }
+
+    /// A fetch is over. Groups that still lack bytes which nothing else brings are asked for once
+    /// more in their own name, then failed.
+    pub(crate) fn on_ended(
+        &self,
+        range: &Range<u64>,
+        cause: Cause,
+        result: Result<(), FetchError>,
+    ) {
+        let mut ready = Vec::new();
+        let mut again = Vec::new();
+        let mut failed = Vec::new();
+        {
+            let mut tasks = self.tasks.lock();
+            let own_attempt = matches!(cause, Cause::Demand | Cause::Metadata) && result.is_err();
+            self.for_groups(range, |group| {
+                let Some(task) = tasks.get_mut(&group) else {
+                    return;
+                };
+                if task.stage != Stage::Wire {
+                    return;
+                }
+                let remote = self.group_remote(group);
+                if self.wire.has(remote.clone()) {
+                    task.stage = Stage::Queued;
+                    ready.push((group, task.urgency));
+                } else if self.wire.covered(remote.clone()) {
+                } else if !task.retried && !own_attempt {
+                    task.retried = true;
+                    again.push(remote);
+                } else if let Some(task) = tasks.remove(&group) {
+                    failed.push((group, task));
+                }
+            });
+        }
+        self.queue(ready);
+        if !again.is_empty() {
+            self.fetch(&again, Cause::Demand);
+        }
+        if failed.is_empty() {
+            return;
+        }
+        let why = result.map_or_else(
+            |error| error.report(),
+            |()| "the fetch ended early".to_owned(),
+        );
+        for (group, task) in failed {
+            let remote = self.group_remote(group);
+            self.fail(
+                group,
+                task.waiters,
+                &format!("cannot fetch bytes {}..{}: {why}", remote.start, remote.end),
+            );
+        }
+    }
+
+    fn queue(&self, ready: Vec<(usize, Urgency)>) {
+        for (group, urgency) in ready {
+            // `self` is always behind the Arc that `me` belongs to.
+            let Some(blob) = self.me.upgrade() else {
+                return;
+            };
+            self.wire
+                .scheduler
+                .pool
+                .submit(urgency, move |scratch| blob.run_job(group, scratch));
+        }
+    }
+
+    fn run_job(&self, group: usize, scratch: &mut Scratch) {
+        {
+            let mut tasks = self.tasks.lock();
+            match tasks.get_mut(&group) {
+                Some(task) if task.stage == Stage::Queued => task.stage = Stage::Decoding,
+                _ => return,
+            }
+        }
+        // A panic must not leave readers waiting; the scratch buffers hold plain bytes.
+        let result = catch_unwind(AssertUnwindSafe(|| self.decode_group(group, scratch)))
+            .unwrap_or(Err(Failure::Panicked));
+        match result {
+            Ok(()) => {
+                let task = self.tasks.lock().remove(&group);
+                for waiter in task.into_iter().flat_map(|task| task.waiters) {
+                    // The reader may have gone.
+                    let _ = waiter.send(Ok(()));
+                }
+            }
+            Err(failure) => self.decode_failed(group, failure),
+        }
+    }
+
+    fn decode_group(&self, group: usize, scratch: &mut Scratch) -> Result<(), Failure> {
+        let begun = Instant::now();
+        let remote = self.group_remote(group);
+        scratch
+            .compressed
+            .resize(index(remote.end - remote.start), 0);
+        self.wire
+            .read(&mut scratch.compressed, remote.start)
+            .map_err(Failure::Io)?;
+        let counters = &self.wire.counters;
+        for number in self.group(group) {
+            let chunk = &self.map.chunks()[number];
+            if self.store.bits.get(number as u64) {
+                continue;
+            }
+            self.options
+                .codec
+                .decode(&scratch.compressed, chunk, &mut scratch.decoded)
+                .map_err(|error| Failure::Corrupt {
+                    chunk: number,
+                    error,
+                })?;
+            self.store
+                .write(&scratch.decoded, chunk.decoded.0)
+                .map_err(Failure::Io)?;
+            self.mark_present(number, chunk);
+            counters.decoded_chunks.fetch_add(1, Ordering::Relaxed);
+            counters
+                .decoded_bytes
+                .fetch_add(u64::from(chunk.len), Ordering::Relaxed);
+        }
+        let nanos = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        counters.decode_nanos.fetch_add(nanos, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn decode_failed(&self, group: usize, failure: Failure) {
+        let remote = self.group_remote(group);
+        let message = match failure {
+            Failure::Corrupt { chunk, error } => {
+                self.wire
+                    .counters
+                    .corrupt_chunks
+                    .fetch_add(1, Ordering::Relaxed);
+                // What was fetched is wrong whatever happens next: no later read may trust it.
+                self.wire.forget(remote.clone());
+                let message = format!(
+                    "chunk {chunk} (decoded offset {}) from bytes {}..{} of {}: {error}",
+                    self.map.chunks()[chunk].decoded,
+                    remote.start,
+                    remote.end,
+                    self.wire.origin(),
+                );
+                let mut tasks = self.tasks.lock();
+                if let Some(task) = tasks.get_mut(&group)
+                    && !task.refetched
+                {
+                    task.refetched = true;
+                    task.stage = Stage::Wire;
+                    drop(tasks);
+                    self.note_error(format!("{}: {message}; fetching it again", self.wire.name));
+                    let needed = std::slice::from_ref(&remote);
+                    self.wire.request(remote.clone(), Cause::Demand, needed);
+                    // Another fetch may have brought it before the task said that it waits.
+                    self.on_arrived(&remote, Cause::Hydration);
+                    return;
+                }
+                message
+            }
+            Failure::Io(error) => format!("chunk {group}: local I/O failed: {error}"),
+            Failure::Panicked => format!("chunk {group}: the decoder panicked"),
+        };
+        let task = self.tasks.lock().remove(&group);
+        let waiters = task.map_or_else(Vec::new, |task| task.waiters);
+        self.fail(group, waiters, &message);
+    }
+
+    fn fail(&self, group: usize, waiters: Vec<oneshot::Sender<Answer>>, what: &str) {
+        let decoded = self.map.chunks()[group].decoded;
+        let message = format!("{} at decoded offset {decoded}: {what}", self.wire.name);
+        self.wire
+            .counters
+            .failed_reads
+            .fetch_add(waiters.len() as u64, Ordering::Relaxed);
+        self.note_error(message.clone());
+        for waiter in waiters {
+            // The reader may have gone.
+            let _ = waiter.send(Err(SourceError {
+                errno: rustix::io::Errno::IO.raw_os_error(),
+                message: message.clone(),
+            }));
+        }
+    }
+
+    /// Calls `each` with every group that needs bytes of a remote range.
+    fn for_groups(&self, range: &Range<u64>, mut each: impl FnMut(usize)) {
+        let chunks = self.map.chunks();
+        let first = chunks.partition_point(|c| c.remote_end.0 <= range.start);
+        let last = chunks.partition_point(|c| c.remote.0 < range.end);
+        let mut number = first;
+        while number < last {
+            let group = self.group(number);
+            each(group.start);
+            number = group.end.max(number + 1);
+        }
+    }
+
+    /// The chunks of the member that holds chunk `number`.
+    fn group(&self, number: usize) -> Range<usize> {
+        let chunks = self.map.chunks();
+        let remote = chunks[number].remote;
+        let alone =
+            |other: Option<&formats::blobmap::Chunk>| other.is_none_or(|c| c.remote != remote);
+        if alone(number.checked_sub(1).and_then(|n| chunks.get(n))) && alone(chunks.get(number + 1))
+        {
+            return number..number + 1;
+        }
+        chunks.partition_point(|c| c.remote < remote)
+            ..chunks.partition_point(|c| c.remote <= remote)
+    }
+
+    fn group_start(&self, number: usize) -> usize {
+        self.group(number).start
+    }
+
+    fn group_present(&self, group: usize) -> bool {
+        let range = self.group(group);
+        self.store.bits.all(range.start as u64..range.end as u64)
+    }
+
+    pub(crate) fn group_remote(&self, group: usize) -> Range<u64> {
+        let group = self.group(group);
+        let chunks = self.map.chunks();
+        chunks[group.start].remote.0..chunks[group.end - 1].remote_end.0
+    }
+}

@@ -1,0 +1,349 @@
+//! Who may use the link: one object per node, shared by all blobs.
+//!
+//! - **Readers and indexes** never wait here. A layer bounds its own requests in flight (so that a
+//!   stalled source holds only its own), and the client bounds them per host.
+//! - **Start lists** are bounded by bytes outstanding on the node.
+//! - **Hydration** runs at line rate on an idle link. While readers are active at most
+//!   [`SchedulerOptions::hydration_busy_bytes`] are outstanding, and none is begun while a
+//!   reader's fetch is outstanding unless readers used less than half of the link in the last
+//!   200 ms. (Waiting for silence would not work: a stream of single faults never pauses.)
+//! - A fetch without progress for a second is **stalled** and counts against nobody: one dead
+//!   source delays no other.
+//!
+//! The link is measured as it is used: the highest rate seen lately and the shortest time to a
+//! first byte; their product is how much must be outstanding to keep it busy.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use parking_lot::Mutex;
+use tokio::{
+    runtime::Handle,
+    sync::{Notify, Semaphore},
+};
+
+use super::pool::Pool;
+use crate::source::Cause;
+
+/// How long a fetch may be silent before it no longer counts.
+const STALLED_AFTER: Duration = Duration::from_secs(1);
+/// How long after the last reader's byte the link counts as in use by readers.
+const READERS_LINGER: Duration = Duration::from_millis(300);
+const SLOT: Duration = Duration::from_millis(50);
+/// 200 ms.
+const DEMAND_SLOTS: u64 = 4;
+/// 10 s.
+const RATE_SLOTS: usize = 200;
+
+/// Limits of the node. The defaults suit links from 100 Mbit/s to 10 Gbit/s.
+#[derive(Clone, Debug)]
+pub struct SchedulerOptions {
+    /// Threads that inflate and verify.
+    pub decode_workers: usize,
+    /// Readers' requests in flight per layer.
+    pub requests_per_layer: usize,
+    /// Start list bytes outstanding on the node.
+    pub prefetch_bytes: u64,
+    /// Hydration bytes outstanding while readers or start lists are active.
+    pub hydration_busy_bytes: u64,
+    /// Hydration bytes outstanding on an otherwise idle link (more if the link holds more).
+    pub hydration_idle_bytes: u64,
+    /// Ordered passes (inflate, hash, compare) that run at the same time.
+    pub passes: usize,
+}
+
+impl Default for SchedulerOptions {
+    fn default() -> Self {
+        let cores = std::thread::available_parallelism().map_or(2, usize::from);
+        Self {
+            decode_workers: cores,
+            requests_per_layer: 32,
+            prefetch_bytes: 32 << 20,
+            hydration_busy_bytes: 256 << 10,
+            hydration_idle_bytes: 4 << 20,
+            passes: cores.div_ceil(2),
+        }
+    }
+}
+
+/// The node's scheduler. Hand the same one to every layer.
+#[derive(Debug)]
+pub struct Scheduler {
+    pub(crate) runtime: Handle,
+    pub(crate) options: SchedulerOptions,
+    pub(crate) pool: Arc<Pool>,
+    pub(crate) passes: Arc<Semaphore>,
+    link: Mutex<Link>,
+    changed: Notify,
+}
+
+#[derive(Debug)]
+struct Flying {
+    cause: Cause,
+    outstanding: u64,
+    begun: Instant,
+    moved: Instant,
+    first_byte: bool,
+}
+
+impl Flying {
+    fn stalled(&self, now: Instant) -> bool {
+        now.duration_since(self.moved) > STALLED_AFTER
+    }
+
+    fn urgent(&self) -> bool {
+        matches!(self.cause, Cause::Demand | Cause::Metadata)
+    }
+}
+
+#[derive(Debug)]
+struct Link {
+    flying: HashMap<u64, Flying>,
+    next_id: u64,
+    origin: Instant,
+    /// (slot number, bytes, readers' bytes), newest last.
+    slots: VecDeque<(u64, u64, u64)>,
+    round_trip: Option<Duration>,
+    last_reader: Option<Instant>,
+}
+
+impl Scheduler {
+    /// A scheduler whose work runs on `runtime`.
+    pub fn new(runtime: Handle, options: SchedulerOptions) -> Arc<Self> {
+        Arc::new(Self {
+            pool: Arc::new(Pool::new(runtime.clone(), options.decode_workers)),
+            passes: Arc::new(Semaphore::new(options.passes.max(1))),
+            runtime,
+            options,
+            link: Mutex::new(Link {
+                flying: HashMap::new(),
+                next_id: 0,
+                origin: Instant::now(),
+                slots: VecDeque::new(),
+                round_trip: None,
+                last_reader: None,
+            }),
+            changed: Notify::new(),
+        })
+    }
+
+    /// Bytes that keep the link busy for one round trip, as measured so far.
+    pub fn bandwidth_delay_bytes(&self) -> u64 {
+        self.link.lock().bandwidth_delay()
+    }
+
+    /// How large a hydration request should be right now.
+    pub(crate) fn hydration_request(&self) -> u64 {
+        let link = self.link.lock();
+        if link.busy(Instant::now()) {
+            self.options.hydration_busy_bytes / 2
+        } else {
+            (self.options.hydration_idle_bytes / 4).max(link.bandwidth_delay())
+        }
+    }
+
+    /// Registers a fetch that may start at once.
+    pub(crate) fn enter(self: &Arc<Self>, cause: Cause, bytes: u64) -> Ticket {
+        let id = self.link.lock().add(cause, bytes);
+        Ticket {
+            scheduler: Arc::clone(self),
+            id,
+        }
+    }
+
+    /// Waits until a background fetch of `bytes` may start.
+    pub(crate) async fn admit(self: &Arc<Self>, cause: Cause, bytes: u64) -> Ticket {
+        self.admit_if(cause, bytes, |_| true).await
+    }
+
+    /// Waits until hydration may fetch `bytes`; `idle_only`: not before readers are silent.
+    pub(crate) async fn admit_hydration(self: &Arc<Self>, bytes: u64, idle_only: bool) -> Ticket {
+        let silent = |link: &Link| !idle_only || !link.busy(Instant::now());
+        self.admit_if(Cause::Hydration, bytes, silent).await
+    }
+
+    async fn admit_if(
+        self: &Arc<Self>,
+        cause: Cause,
+        bytes: u64,
+        also: impl Fn(&Link) -> bool,
+    ) -> Ticket {
+        loop {
+            let changed = self.changed.notified();
+            {
+                let mut link = self.link.lock();
+                if also(&link) && link.allows(cause, bytes, &self.options, Instant::now()) {
+                    let id = link.add(cause, bytes);
+                    return Ticket {
+                        scheduler: Arc::clone(self),
+                        id,
+                    };
+                }
+            }
+            // The rules depend on time as well.
+            let _ = tokio::time::timeout(SLOT, changed).await;
+        }
+    }
+}
+
+impl Link {
+    fn add(&mut self, cause: Cause, bytes: u64) -> u64 {
+        let now = Instant::now();
+        self.next_id += 1;
+        if matches!(cause, Cause::Demand | Cause::Metadata) {
+            self.last_reader = Some(now);
+        }
+        self.flying.insert(
+            self.next_id,
+            Flying {
+                cause,
+                outstanding: bytes,
+                begun: now,
+                moved: now,
+                first_byte: false,
+            },
+        );
+        self.next_id
+    }
+
+    fn slot(&self, now: Instant) -> u64 {
+        let slots = now.duration_since(self.origin).as_millis() / SLOT.as_millis();
+        u64::try_from(slots).unwrap_or(u64::MAX)
+    }
+
+    fn count(&mut self, bytes: u64, urgent: bool, now: Instant) {
+        let slot = self.slot(now);
+        if self.slots.back().is_none_or(|last| last.0 < slot) {
+            self.slots.push_back((slot, 0, 0));
+            if self.slots.len() > RATE_SLOTS {
+                self.slots.pop_front();
+            }
+        }
+        if let Some(last) = self.slots.back_mut() {
+            last.1 += bytes;
+            last.2 += if urgent { bytes } else { 0 };
+        }
+    }
+
+    /// The most bytes that two neighbouring slots carried lately, per slot: one slot alone is
+    /// inflated by what queued up in buffers.
+    fn peak(&self) -> u64 {
+        let slots = self.slots.iter();
+        slots
+            .clone()
+            .zip(slots.skip(1))
+            .filter(|(a, b)| a.0 + 1 == b.0)
+            .map(|(a, b)| u64::midpoint(a.1, b.1))
+            .max()
+            .unwrap_or(0)
+    }
+
+    fn bandwidth_delay(&self) -> u64 {
+        let Some(round_trip) = self.round_trip else {
+            return 0;
+        };
+        let millis = u64::try_from(round_trip.as_millis()).unwrap_or(u64::MAX);
+        let slot = u64::try_from(SLOT.as_millis()).unwrap_or(1);
+        (self.peak().saturating_mul(millis) / slot).min(16 << 20)
+    }
+
+    /// Whether readers or start lists use the link.
+    fn busy(&self, now: Instant) -> bool {
+        self.last_reader
+            .is_some_and(|at| now.duration_since(at) < READERS_LINGER)
+            || self
+                .flying
+                .values()
+                .any(|f| f.cause != Cause::Hydration && !f.stalled(now))
+    }
+
+    fn allows(&self, cause: Cause, bytes: u64, options: &SchedulerOptions, now: Instant) -> bool {
+        let outstanding: u64 = self
+            .flying
+            .values()
+            .filter(|f| f.cause == cause && !f.stalled(now))
+            .map(|f| f.outstanding)
+            .sum();
+        let fits = |limit: u64| outstanding == 0 || outstanding + bytes <= limit;
+        match cause {
+            Cause::Metadata | Cause::Demand => true,
+            Cause::Prefetch => fits(options.prefetch_bytes),
+            Cause::Hydration if self.busy(now) => {
+                fits(options.hydration_busy_bytes) && self.readers_leave_half(now)
+            }
+            Cause::Hydration => fits(options.hydration_idle_bytes.max(2 * self.bandwidth_delay())),
+        }
+    }
+
+    fn readers_leave_half(&self, now: Instant) -> bool {
+        if !self.flying.values().any(|f| f.urgent() && !f.stalled(now)) {
+            return true;
+        }
+        let since = self.slot(now).saturating_sub(DEMAND_SLOTS);
+        let used: u64 = self
+            .slots
+            .iter()
+            .filter(|slot| slot.0 > since)
+            .map(|slot| slot.2)
+            .sum();
+        used * 2 <= self.peak() * DEMAND_SLOTS
+    }
+}
+
+/// A fetch in the scheduler's books; dropping it ends it.
+#[derive(Debug)]
+pub(crate) struct Ticket {
+    scheduler: Arc<Scheduler>,
+    id: u64,
+}
+
+impl Ticket {
+    /// Corrects how many bytes are outstanding.
+    pub(crate) fn resize(&self, bytes: u64) {
+        if let Some(flying) = self.scheduler.link.lock().flying.get_mut(&self.id) {
+            flying.outstanding = bytes;
+        }
+    }
+
+    /// Notes that body bytes arrived.
+    pub(crate) fn arrived(&self, bytes: u64) {
+        let now = Instant::now();
+        let mut link = self.scheduler.link.lock();
+        let mut urgent = false;
+        let mut waited = None;
+        if let Some(flying) = link.flying.get_mut(&self.id) {
+            flying.outstanding = flying.outstanding.saturating_sub(bytes);
+            flying.moved = now;
+            urgent = flying.urgent();
+            if !flying.first_byte {
+                flying.first_byte = true;
+                waited = Some(now.duration_since(flying.begun));
+            }
+        }
+        if let Some(waited) = waited {
+            // The minimum, forgotten slowly: queueing must not pass for distance.
+            let aged = link.round_trip.map(|old| old + old / 64);
+            link.round_trip = Some(aged.map_or(waited, |old| old.min(waited)));
+        }
+        if urgent {
+            link.last_reader = Some(now);
+        }
+        link.count(bytes, urgent, now);
+        drop(link);
+        if !urgent {
+            self.scheduler.changed.notify_waiters();
+        }
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        let mut link = self.scheduler.link.lock();
+        link.flying.remove(&self.id);
+        drop(link);
+        self.scheduler.changed.notify_waiters();
+    }
+}

@@ -1,0 +1,148 @@
+//! One sparse file and its presence map, with the order of writes that makes the map true.
+
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    os::unix::fs::FileExt as _,
+    path::PathBuf,
+    sync::{
+        OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use parking_lot::Mutex;
+
+use super::{
+    bits::Bits,
+    mapfile::{MapFile, MapSpec},
+};
+
+/// A sparse file of fixed length and the bits that say what of it is there.
+#[derive(Debug)]
+pub(crate) struct Store {
+    path: PathBuf,
+    len: u64,
+    file: OnceLock<File>,
+    pub(crate) bits: Bits,
+    map: Mutex<MapFile>,
+    dirty: AtomicBool,
+}
+
+impl Store {
+    /// Opens `dir/name` and `dir/name.map`. Bits are taken from disk only if map and file are
+    /// exactly what `spec` says; otherwise the store is empty.
+    pub(crate) fn open(path: PathBuf, spec: MapSpec) -> io::Result<Self> {
+        let map_path = path.with_added_extension("map");
+        let len = spec.subject_len;
+        let (mut map, mut bits) = MapFile::open(map_path, spec)?;
+        let file = OnceLock::new();
+        match OpenOptions::new().read(true).write(true).open(&path) {
+            Ok(found) if bits.count() > 0 && found.metadata()?.len() == len => {
+                // Cannot be set already: the cell is new.
+                let _ = file.set(found);
+            }
+            Ok(found) => {
+                map.remove()?;
+                bits = Bits::new(bits.len());
+                found.set_len(0)?;
+                found.set_len(len)?;
+                let _ = file.set(found);
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                map.remove()?;
+                bits = Bits::new(bits.len());
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(Self {
+            path,
+            len,
+            file,
+            bits,
+            map: Mutex::new(map),
+            dirty: AtomicBool::new(false),
+        })
+    }
+
+    /// The file, created when first needed.
+    pub(crate) fn file(&self) -> io::Result<&File> {
+        if let Some(file) = self.file.get() {
+            return Ok(file);
+        }
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&self.path)?;
+        file.set_len(self.len)?;
+        // Two threads may both have opened the same path: either descriptor will do.
+        Ok(self.file.get_or_init(|| file))
+    }
+
+    pub(crate) fn path(&self) -> &PathBuf {
+        &self.path
+    }
+
+    /// Fills `buf` from `offset`. A file that is shorter than its presence bits claim is an error,
+    /// never zeros.
+    pub(crate) fn read(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file()?.read_exact_at(buf, offset)
+    }
+
+    /// Writes without marking anything.
+    pub(crate) fn write(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.file()?.write_all_at(bytes, offset)
+    }
+
+    /// Notes that bits were set since the last flush; whether this is the first since then.
+    pub(crate) fn touch(&self) -> bool {
+        !self.dirty.swap(true, Ordering::AcqRel)
+    }
+
+    /// Makes all bits that are set now durable: data first, then map. Blocks. Without `force`
+    /// only if something was set since the last attempt.
+    pub(crate) fn flush(&self, force: bool) -> io::Result<()> {
+        let mut map = self.map.lock();
+        if !self.dirty.swap(false, Ordering::AcqRel) && !force {
+            return Ok(());
+        }
+        if self.file.get().is_none() {
+            return Ok(());
+        }
+        // Bits are set after their data was written, so the data of every bit in this copy is
+        // covered by the sync that follows.
+        let words: Vec<u64> = self.bits.words().collect();
+        self.file().and_then(File::sync_data)?;
+        map.store(&words)
+    }
+
+    /// Forgets everything and gives the space back: bits first, then the map, then the file.
+    pub(crate) fn retire(&self) -> io::Result<()> {
+        let mut map = self.map.lock();
+        self.bits.clear_range(0..self.bits.len());
+        self.dirty.store(false, Ordering::Release);
+        map.remove()?;
+        if let Some(file) = self.file.get() {
+            if let Err(error) = std::fs::remove_file(&self.path)
+                && error.kind() != io::ErrorKind::NotFound
+            {
+                return Err(error);
+            }
+            // The descriptor stays open, so unlinking alone would not free the blocks.
+            file.set_len(0)?;
+            file.set_len(self.len)?;
+        }
+        Ok(())
+    }
+
+    /// Bytes that the file occupies on disk.
+    pub(crate) fn allocated(&self) -> u64 {
+        use std::os::unix::fs::MetadataExt as _;
+        self.file
+            .get()
+            .and_then(|file| file.metadata().ok())
+            .map_or(0, |meta| meta.blocks() * 512)
+    }
+}

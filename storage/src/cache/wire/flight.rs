@@ -1,0 +1,311 @@
+//! One fetch: from the request to the last byte, resumed where a body broke off.
+
+use std::{
+    io,
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use bytes::Bytes;
+use futures_util::FutureExt as _;
+use tokio::sync::oneshot;
+
+use super::{Flights, Landing, Wait, Wire};
+use crate::{
+    cache::scheduler::Ticket,
+    ranges::{FetchError, FetchFailure, RangeBody},
+    source::Cause,
+};
+
+/// Body bytes written in one go.
+const BATCH: usize = 256 << 10;
+/// Attempts in a row that may end without one new byte.
+const FRUITLESS_MAX: u32 = 2;
+
+/// An entry in the table of fetches under way.
+#[derive(Clone, Debug)]
+pub(super) struct Flight {
+    id: u64,
+    cause: Cause,
+    start: u64,
+    end: u64,
+    /// First byte that has not arrived.
+    at: u64,
+    /// Another fetch brings all of it.
+    superseded: Arc<AtomicBool>,
+}
+
+impl Flight {
+    pub(super) fn range(&self) -> Range<u64> {
+        self.start..self.end
+    }
+
+    pub(super) fn coming(&self) -> Range<u64> {
+        self.at..self.end
+    }
+
+    pub(super) fn cause(&self) -> Cause {
+        self.cause
+    }
+
+    pub(super) fn rest(&self) -> u64 {
+        self.end.saturating_sub(self.at)
+    }
+}
+
+impl Flights {
+    pub(super) fn begin(&mut self, range: Range<u64>, cause: Cause) -> Flight {
+        self.next_id += 1;
+        let flight = Flight {
+            id: self.next_id,
+            cause,
+            start: range.start,
+            end: range.end,
+            at: range.start,
+            superseded: Arc::default(),
+        };
+        self.active.push(flight.clone());
+        flight
+    }
+
+    fn entry(&mut self, id: u64) -> Option<&mut Flight> {
+        self.active.iter_mut().find(|flight| flight.id == id)
+    }
+}
+
+/// Where a fetch stands.
+struct Progress {
+    /// Where the uninterrupted run of received bytes began.
+    whole_from: u64,
+    /// First byte not received.
+    at: u64,
+    end: u64,
+}
+
+impl Wire {
+    pub(super) fn launch(&self, flight: Flight, ticket: Option<Ticket>) -> Landing {
+        let (done, receiver) = oneshot::channel();
+        // `self` is always behind the Arc that `me` belongs to; without one nobody waits.
+        if let Some(wire) = self.me.upgrade() {
+            self.scheduler.runtime.spawn(async move {
+                let result = wire.fly(&flight, ticket).await;
+                wire.land(&flight, &result);
+                // Nobody has to listen.
+                let _ = done.send(result);
+            });
+        }
+        receiver
+    }
+
+    async fn fly(
+        self: &Arc<Self>,
+        flight: &Flight,
+        ticket: Option<Ticket>,
+    ) -> Result<(), FetchError> {
+        // Background fetches were admitted by the scheduler; readers' fetches queue per layer only,
+        // so that one stalled source holds nobody else up.
+        let _slot = match &ticket {
+            Some(_) => None,
+            // Never closed.
+            None => self.reader_slots.acquire().await.ok(),
+        };
+        let ticket = ticket.unwrap_or_else(|| {
+            self.scheduler
+                .enter(flight.cause, flight.end - flight.start)
+        });
+        let mut progress = Progress {
+            whole_from: flight.start,
+            at: flight.start,
+            end: flight.end,
+        };
+        let mut fruitless = 0;
+        while progress.at < progress.end && !flight.superseded.load(Ordering::Acquire) {
+            let source = Arc::clone(&self.source.read());
+            let mut body = match source.fetch(progress.at..progress.end, flight.cause).await {
+                Ok(body) => body,
+                Err(error) => {
+                    self.counters.add_traffic(flight.cause, 0, 1);
+                    return Err(error);
+                }
+            };
+            let before = progress.at;
+            self.extend(flight, &body, &mut progress)?;
+            let result = self.drain(flight, &mut body, &mut progress, &ticket).await;
+            let meter = body.meter();
+            self.counters
+                .add_traffic(flight.cause, meter.wire_bytes(), meter.requests());
+            match result {
+                Ok(()) => {}
+                Err(error) if error.failure() == FetchFailure::Local => return Err(error),
+                Err(error) => {
+                    fruitless = if progress.at > before {
+                        0
+                    } else {
+                        fruitless + 1
+                    };
+                    if fruitless >= FRUITLESS_MAX {
+                        return Err(error);
+                    }
+                    tracing::debug!(layer = self.name, at = progress.at, %error, "resuming a fetch");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A source may deliver more than was asked for, the whole blob even: all of it is kept.
+    fn extend(
+        &self,
+        flight: &Flight,
+        body: &RangeBody,
+        progress: &mut Progress,
+    ) -> Result<(), FetchError> {
+        let range = body.range();
+        if range.start > progress.at || range.end < progress.end || range.end > self.len {
+            return Err(FetchError::Length {
+                origin: self.origin(),
+                range: progress.at..progress.end,
+                reached: range.start,
+            });
+        }
+        if range.start == progress.at && range.end == progress.end {
+            return Ok(());
+        }
+        let whole = range == (0..self.len);
+        let mut flights = self.flights.lock();
+        if whole {
+            self.ignores_ranges.store(true, Ordering::Release);
+            for other in flights.active.iter().filter(|f| f.id != flight.id) {
+                other.superseded.store(true, Ordering::Release);
+            }
+        }
+        if let Some(entry) = flights.entry(flight.id) {
+            entry.at = range.start;
+            entry.end = range.end;
+        }
+        progress.whole_from = progress.whole_from.min(range.start);
+        progress.at = range.start;
+        progress.end = range.end;
+        Ok(())
+    }
+
+    async fn drain(
+        self: &Arc<Self>,
+        flight: &Flight,
+        body: &mut RangeBody,
+        progress: &mut Progress,
+        ticket: &Ticket,
+    ) -> Result<(), FetchError> {
+        while let Some(first) = body.next_chunk().await? {
+            let mut size = first.len();
+            let mut parts = vec![first];
+            let mut failed = None;
+            // Whatever has arrived meanwhile goes along in one write.
+            while size < BATCH {
+                match body.next_chunk().now_or_never() {
+                    Some(Ok(Some(part))) => {
+                        size += part.len();
+                        parts.push(part);
+                    }
+                    Some(Err(error)) => {
+                        failed = Some(error);
+                        break;
+                    }
+                    Some(Ok(None)) | None => break,
+                }
+            }
+            ticket.arrived(size as u64);
+            self.store_batch(flight, progress, parts, size as u64)
+                .await?;
+            if let Some(error) = failed {
+                return Err(error);
+            }
+            if flight.superseded.load(Ordering::Acquire) {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    async fn store_batch(
+        self: &Arc<Self>,
+        flight: &Flight,
+        progress: &mut Progress,
+        parts: Vec<Bytes>,
+        size: u64,
+    ) -> Result<(), FetchError> {
+        let wire = Arc::clone(self);
+        let (id, cause) = (flight.id, flight.cause);
+        let (whole_from, at) = (progress.whole_from, progress.at);
+        let written = tokio::task::spawn_blocking(move || {
+            let arrived = wire.accept(whole_from, at, &parts)?;
+            wire.advance(id, at + size);
+            if !arrived.is_empty()
+                && let Some(listener) = wire.listener.get().and_then(std::sync::Weak::upgrade)
+            {
+                listener.arrived(arrived, cause);
+            }
+            Ok(())
+        })
+        .await
+        .unwrap_or_else(|join| Err(io::Error::other(join)));
+        progress.at += size;
+        written.map_err(|error: io::Error| FetchError::Source {
+            origin: self.store.path().display().to_string(),
+            range: at..at + size,
+            failure: FetchFailure::Local,
+            source: Arc::new(error),
+        })
+    }
+
+    fn advance(&self, id: u64, at: u64) {
+        let mut flights = self.flights.lock();
+        if let Some(entry) = flights.entry(id) {
+            entry.at = at;
+        }
+        for wait in flights
+            .waits
+            .extract_if(.., |wait| self.has(wait.range.clone()))
+        {
+            // The waiter may have gone.
+            let _ = wait.done.send(Ok(()));
+        }
+        drop(flights);
+        self.moved.notify_waiters();
+    }
+
+    /// Takes a fetch off the table and tells everybody who may have waited for it.
+    fn land(&self, flight: &Flight, result: &Result<(), FetchError>) {
+        let mut flights = self.flights.lock();
+        let range = flights
+            .entry(flight.id)
+            .map_or_else(|| flight.range(), |entry| entry.range());
+        flights.active.retain(|other| other.id != flight.id);
+        let mut waits = std::mem::take(&mut flights.waits);
+        for wait in waits.extract_if(.., |wait| self.has(wait.range.clone())) {
+            let _ = wait.done.send(Ok(()));
+        }
+        if let Err(error) = result {
+            let hopeless = |wait: &mut Wait| {
+                wait.range.start < range.end
+                    && range.start < wait.range.end
+                    && !self.unclaimed(&flights, &wait.range, None).is_empty()
+            };
+            for wait in waits.extract_if(.., hopeless) {
+                let _ = wait.done.send(Err(error.clone()));
+            }
+        }
+        flights.waits = waits;
+        drop(flights);
+        self.moved.notify_waiters();
+        if result.is_err() {
+            self.counters.failed_fetches.fetch_add(1, Ordering::Relaxed);
+        }
+        if let Some(listener) = self.listener.get().and_then(std::sync::Weak::upgrade) {
+            listener.ended(range, flight.cause, result.clone());
+        }
+    }
+}
