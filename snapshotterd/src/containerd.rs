@@ -1,0 +1,1 @@
+//! Asking the host's containerd about images and content.

@@ -1,0 +1,1 @@
+//! Layers of the node: identity to index, blob, EROFS image and mount.

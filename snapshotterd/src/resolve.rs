@@ -1,0 +1,1 @@
+//! Resolving all layers of an image at once.
