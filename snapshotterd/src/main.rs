@@ -1,9 +1,13 @@
 //! The daemon's program.
 
-use std::{ffi::OsString, path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::{Context as _, bail};
 use clap::{Args, Parser, Subcommand};
+use fuse::{
+    holder::{self, HolderOptions},
+    mounts,
+};
 use snapshotterd::{
     config::{Config, Overrides},
     daemon::Daemon,
@@ -57,14 +61,12 @@ enum Part {
     },
     /// Keep FUSE sessions alive over restarts of the daemon (started by it).
     Holder {
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-        args: Vec<OsString>,
+        /// Its socket; lock and log lie beside it.
+        #[arg(long, value_name = "SOCKET")]
+        socket: PathBuf,
     },
     /// Mount and unmount on behalf of the daemon (started by it).
-    MountHelper {
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-        args: Vec<OsString>,
-    },
+    MountHelper,
 }
 
 #[derive(Debug, Subcommand)]
@@ -78,7 +80,7 @@ enum ConfigAction {
 fn main() -> ExitCode {
     let command = Command::parse();
     match run(command) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("snapshotterd: {error:#}");
             ExitCode::FAILURE
@@ -86,14 +88,15 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(command: Command) -> anyhow::Result<()> {
+fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command.part {
-        Some(Part::Config { action }) => configure(action),
-        Some(Part::Holder { .. }) => bail!("the holder is not built in yet"),
-        Some(Part::MountHelper { .. }) => bail!("the mount helper is not built in yet"),
+        Some(Part::Config { action }) => configure(action)?,
+        Some(Part::Holder { socket }) => return Ok(holder::run(&HolderOptions { socket })),
+        Some(Part::MountHelper) => return Ok(mounts::run_child()),
         None if command.unmount => bail!("--unmount is not built in yet"),
-        None => serve(command.flags),
+        None => serve(command.flags)?,
     }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn configure(action: ConfigAction) -> anyhow::Result<()> {

@@ -33,7 +33,7 @@ pub(super) struct Record {
     #[prost(uint64, tag = "1")]
     pub(super) id: u64,
     #[prost(uint32, tag = "2")]
-    kind: u32,
+    pub(super) kind: u32,
     /// 0: none.
     #[prost(uint64, tag = "3")]
     pub(super) parent_id: u64,
@@ -46,11 +46,11 @@ pub(super) struct Record {
     #[prost(btree_map = "string, string", tag = "7")]
     pub(super) labels: Labels,
     #[prost(message, optional, tag = "8")]
-    usage: Option<UsageRecord>,
+    pub(super) usage: Option<UsageRecord>,
 }
 
 #[derive(Clone, Copy, PartialEq, Message)]
-struct UsageRecord {
+pub(super) struct UsageRecord {
     #[prost(uint64, tag = "1")]
     bytes: u64,
     #[prost(uint64, tag = "2")]
