@@ -319,7 +319,10 @@ fn validate_path(path: &Path) -> Result<(), String> {
         return Err(format!("must be an absolute path, not {text:?}"));
     }
     // Overlay separates and escapes with these.
-    if let Some(bad) = text.chars().find(|c| matches!(c, ':' | ',' | '\\') || c.is_control()) {
+    if let Some(bad) = text
+        .chars()
+        .find(|c| matches!(c, ':' | ',' | '\\') || c.is_control())
+    {
         return Err(format!("must not contain {bad:?}"));
     }
     Ok(())

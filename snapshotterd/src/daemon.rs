@@ -207,7 +207,10 @@ fn open(config: &Config) -> Result<(Store, Vec<Lock>), DaemonError> {
     directories.sort();
     directories.dedup();
     for path in directories {
-        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
+        let made = fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(path);
         made.map_err(|source| DaemonError::Directory {
             path: path.clone(),
             source,
@@ -246,7 +249,11 @@ fn collect(metrics: &Metrics, store: &Store) {
         let counts = store.read().and_then(|reader| reader.counts());
         for (snapshotter, kind, count) in counts.unwrap_or_default() {
             #[expect(clippy::cast_precision_loss, reason = "counts stay far below 2^52")]
-            scrape.sample(&defs::SNAPSHOTS, &[&snapshotter, kind.as_str()], count as f64);
+            scrape.sample(
+                &defs::SNAPSHOTS,
+                &[&snapshotter, kind.as_str()],
+                count as f64,
+            );
         }
         if let Ok(metadata) = fs::metadata(store.path()) {
             #[expect(clippy::cast_precision_loss, reason = "sizes stay far below 2^52")]

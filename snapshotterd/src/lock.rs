@@ -129,10 +129,9 @@ impl Holder {
 
     fn is_alive(&self) -> bool {
         // Without /proc nobody can be judged dead.
-        Stat::of(&pid_path(self.pid))
-            .map_or(true, |stat| {
-                stat.is_some_and(|stat| stat.start == self.start && !stat.is_dead())
-            })
+        Stat::of(&pid_path(self.pid)).map_or(true, |stat| {
+            stat.is_some_and(|stat| stat.start == self.start && !stat.is_dead())
+        })
     }
 
     fn fence(&self, directory: &Path) -> Result<(), LockError> {

@@ -182,12 +182,7 @@ impl Metrics {
         text::render(&self.inner.families.lock(), scrape.samples)
     }
 
-    fn series(
-        &self,
-        def: &'static Def,
-        labels: &[&str],
-        new: impl FnOnce() -> Value,
-    ) -> Value {
+    fn series(&self, def: &'static Def, labels: &[&str], new: impl FnOnce() -> Value) -> Value {
         debug_assert_eq!(labels.len(), def.labels.len(), "labels of {}", def.name);
         debug_assert!(defs::ALL.contains(&def), "{} is not listed", def.name);
         let mut families = self.inner.families.lock();
@@ -297,8 +292,14 @@ mod tests {
     #[test]
     fn addresses() {
         assert_eq!(Address::parse(""), Ok(Address::Off));
-        assert!(matches!(Address::parse("127.0.0.1:9100"), Ok(Address::Tcp(_))));
-        assert!(matches!(Address::parse("unix:/run/m.sock"), Ok(Address::Unix(_))));
+        assert!(matches!(
+            Address::parse("127.0.0.1:9100"),
+            Ok(Address::Tcp(_))
+        ));
+        assert!(matches!(
+            Address::parse("unix:/run/m.sock"),
+            Ok(Address::Unix(_))
+        ));
         assert!(Address::parse("unix:m.sock").is_err());
         assert!(Address::parse(":9100").is_err());
     }

@@ -344,10 +344,7 @@ impl snapshots_server::Snapshots for Snapshots {
         let request = request.into_inner();
         let driver = self.driver(&request.snapshotter)?;
         let call = Call::new("Cleanup", request.snapshotter, String::new(), namespace)?;
-        match self
-            .run(call, async move { driver.cleanup().await })
-            .await
-        {
+        match self.run(call, async move { driver.cleanup().await }).await {
             // Deleting goes on; containerd has nothing to do about it.
             Err(status) if status.code() == Code::DeadlineExceeded => Ok(Response::new(())),
             other => other.map(Response::new),

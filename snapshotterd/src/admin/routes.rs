@@ -1,12 +1,6 @@
 //! Who answers which path.
 
-use std::{
-    collections::BTreeMap,
-    fmt,
-    future::Future,
-    pin::Pin,
-    sync::Arc,
-};
+use std::{collections::BTreeMap, fmt, future::Future, pin::Pin, sync::Arc};
 
 use bytes::Bytes;
 use http::{Method, StatusCode};
@@ -41,8 +35,7 @@ pub struct Answer {
     pub body: Bytes,
 }
 
-type Handler =
-    Arc<dyn Fn(Request) -> Pin<Box<dyn Future<Output = Answer> + Send>> + Send + Sync>;
+type Handler = Arc<dyn Fn(Request) -> Pin<Box<dyn Future<Output = Answer> + Send>> + Send + Sync>;
 
 /// The routes; clones share them. A path that ends in `/` answers everything below it that has no
 /// route of its own.

@@ -12,9 +12,7 @@ use tokio::{
     task::JoinHandle,
 };
 
-use super::{
-    Answer, Query, Request, Routes,
-};
+use super::{Answer, Query, Request, Routes};
 use crate::{metrics::Address, service::socket};
 
 const BODY_LIMIT_BYTES: usize = 1 << 20;
@@ -55,10 +53,12 @@ impl Server {
             Address::Off => Ok(None),
             Address::Unix(path) => Self::unix(path, routes).map(Some),
             Address::Tcp(address) => {
-                let listener = TcpListener::bind(address).await.map_err(|source| ServerError {
-                    address: address.to_string(),
-                    source,
-                })?;
+                let listener = TcpListener::bind(address)
+                    .await
+                    .map_err(|source| ServerError {
+                        address: address.to_string(),
+                        source,
+                    })?;
                 Ok(Some(Self {
                     accepting: tokio::spawn(accept_tcp(listener, routes)),
                 }))
@@ -111,7 +111,10 @@ async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, rou
     }
 }
 
-async fn answer(request: http::Request<Incoming>, routes: &Routes) -> http::Response<Full<bytes::Bytes>> {
+async fn answer(
+    request: http::Request<Incoming>,
+    routes: &Routes,
+) -> http::Response<Full<bytes::Bytes>> {
     let work = async {
         let (parts, body) = request.into_parts();
         match Limited::new(body, BODY_LIMIT_BYTES).collect().await {

@@ -7,7 +7,10 @@ fn parse(text: &str) -> Result<Config, ConfigError> {
 #[test]
 fn nothing_is_needed() -> Result<(), ConfigError> {
     let config = parse("")?;
-    assert_eq!(config.address, Path::new("/run/snapshotterd/snapshotterd.sock"));
+    assert_eq!(
+        config.address,
+        Path::new("/run/snapshotterd/snapshotterd.sock")
+    );
     assert_eq!(config.driver_of("anything"), Some(DriverKind::Lazy));
     Ok(())
 }
@@ -41,17 +44,35 @@ fn errors_name_key_and_line() {
     for (text, expected) in [
         ("rot = \"/x\"", "configuration:1: unknown field `rot`"),
         ("\n[log]\nlevel = 3", "configuration:3: invalid type"),
-        ("root = \"relative\"", "configuration:1: root: must be an absolute path"),
-        ("\n\nlowers = \"/run/a,b\"", "configuration:3: lowers: must not contain ','"),
+        (
+            "root = \"relative\"",
+            "configuration:1: root: must be an absolute path",
+        ),
+        (
+            "\n\nlowers = \"/run/a,b\"",
+            "configuration:3: lowers: must not contain ','",
+        ),
         ("[log]\n\nlevel = \"info,=\"", "configuration:3: log.level:"),
-        ("rpc_timeout = \"5m\"", "configuration:1: rpc_timeout: allowed are 1s to 60s"),
-        ("[lazy]\nresolve_timeout = \"10s\"", "configuration:2: lazy.resolve_timeout:"),
-        ("[metrics]\naddress = \"here\"", "configuration:2: metrics.address:"),
+        (
+            "rpc_timeout = \"5m\"",
+            "configuration:1: rpc_timeout: allowed are 1s to 60s",
+        ),
+        (
+            "[lazy]\nresolve_timeout = \"10s\"",
+            "configuration:2: lazy.resolve_timeout:",
+        ),
+        (
+            "[metrics]\naddress = \"here\"",
+            "configuration:2: metrics.address:",
+        ),
         (
             "[overlayfs]\nmount_options = [\"lowerdir=/\"]",
             "configuration:2: overlayfs.mount_options:",
         ),
-        ("[snapshotters.x]\ndriver = \"zfs\"", "configuration:2: unknown variant"),
+        (
+            "[snapshotters.x]\ndriver = \"zfs\"",
+            "configuration:2: unknown variant",
+        ),
     ] {
         let error = parse(text).expect_err(text).to_string();
         assert!(error.starts_with(expected), "{text:?}: {error}");
@@ -81,6 +102,10 @@ fn every_key_is_documented_with_its_default() -> Result<(), Box<dyn std::error::
             value => check(key.clone(), value),
         }
     }
-    assert!(missing.is_empty(), "docs/config.md lacks:\n{}", missing.join("\n"));
+    assert!(
+        missing.is_empty(),
+        "docs/config.md lacks:\n{}",
+        missing.join("\n")
+    );
     Ok(())
 }

@@ -93,7 +93,10 @@ impl FromStr for HumanDuration {
         while !rest.is_empty() {
             let digits = rest.len() - rest.trim_start_matches(|c: char| c.is_ascii_digit()).len();
             let (number, tail) = rest.split_at(digits);
-            let unit = tail.len() - tail.trim_start_matches(|c: char| c.is_ascii_alphabetic()).len();
+            let unit = tail.len()
+                - tail
+                    .trim_start_matches(|c: char| c.is_ascii_alphabetic())
+                    .len();
             let (unit, tail) = tail.split_at(unit);
             let factor = TIME_UNITS
                 .iter()
@@ -194,10 +197,24 @@ mod tests {
         ] {
             assert_eq!(text.parse(), Ok(ByteSize(bytes)), "{text}");
         }
-        for text in ["", "KiB", "-1", "1.5.2MB", "1XB", "99999999TiB", "1.", "1e3"] {
+        for text in [
+            "",
+            "KiB",
+            "-1",
+            "1.5.2MB",
+            "1XB",
+            "99999999TiB",
+            "1.",
+            "1e3",
+        ] {
             assert!(text.parse::<ByteSize>().is_err(), "{text}");
         }
-        for (text, ms) in [("0", 0), ("250ms", 250), ("1h30m", 5_400_000), ("7d", 604_800_000)] {
+        for (text, ms) in [
+            ("0", 0),
+            ("250ms", 250),
+            ("1h30m", 5_400_000),
+            ("7d", 604_800_000),
+        ] {
             assert_eq!(
                 text.parse(),
                 Ok(HumanDuration(Duration::from_millis(ms))),

@@ -41,10 +41,7 @@ pub enum DriverError {
 
 impl DriverError {
     /// Wraps an I/O error with what was tried on which path; for `map_err`.
-    pub fn io(
-        action: &'static str,
-        path: impl Into<PathBuf>,
-    ) -> impl FnOnce(io::Error) -> Self {
+    pub fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
         move |source| Self::Io {
             action,

@@ -182,7 +182,9 @@ impl Overlayfs {
         let key = key.clone();
         self.inner
             .store
-            .write(Durability::Soon, move |writer| writer.set_usage(&key, usage))
+            .write(Durability::Soon, move |writer| {
+                writer.set_usage(&key, usage)
+            })
             .await?;
         Ok(usage)
     }
@@ -198,7 +200,11 @@ impl Overlayfs {
         let id = reservation.id();
         let parent = match &request.parent {
             Some(name) => {
-                let parent = self.inner.store.read()?.snapshot(&request.key.sibling(name));
+                let parent = self
+                    .inner
+                    .store
+                    .read()?
+                    .snapshot(&request.key.sibling(name));
                 Some(parent.map_err(|error| match error {
                     StoreError::NotFound { key } => StoreError::ParentNotFound { parent: key },
                     other => other,

@@ -1,10 +1,6 @@
 //! The text exposition format, version 0.0.4.
 
-use std::{
-    collections::BTreeMap,
-    fmt::Write as _,
-    sync::atomic::Ordering,
-};
+use std::{collections::BTreeMap, fmt::Write as _, sync::atomic::Ordering};
 
 use super::{BOUNDS_US, Def, Family, Value};
 

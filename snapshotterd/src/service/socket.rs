@@ -68,13 +68,19 @@ fn owner(path: &Path) -> io::Result<Option<u32>> {
         }
         Err(error) => return Err(error),
     };
-    let pid = socket_peercred(&stream)?.pid.as_raw_nonzero().get().unsigned_abs();
+    let pid = socket_peercred(&stream)?
+        .pid
+        .as_raw_nonzero()
+        .get()
+        .unsigned_abs();
     Ok(lock::process_is_alive(pid).then_some(pid))
 }
 
 /// Connects without waiting: the backlog of a hung listener may be full.
 fn connect(path: &Path) -> io::Result<rustix::fd::OwnedFd> {
-    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+    use rustix::net::{
+        AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with,
+    };
     let socket = socket_with(
         AddressFamily::UNIX,
         SocketType::STREAM,

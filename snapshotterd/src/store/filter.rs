@@ -367,7 +367,10 @@ mod tests {
             parse(r#"labels."containerd.io/snapshot.ref"==sha256:ab,parent=="p""#).shortcut(),
             Shortcut::Reference("sha256:ab")
         );
-        assert_eq!(parse("kind==active,name==n").shortcut(), Shortcut::Name("n"));
+        assert_eq!(
+            parse("kind==active,name==n").shortcut(),
+            Shortcut::Name("n")
+        );
         assert_eq!(parse("name!=n").shortcut(), Shortcut::None);
         assert_eq!(
             Filter::parse(&["name==n", "name==m"])

@@ -190,9 +190,7 @@ impl Reader {
 
     fn ancestors(&self, first: u64) -> Result<Vec<SnapshotId>, StoreError> {
         let ids = self.ids_table()?;
-        ancestors(first, |id| {
-            Ok(ids.get(id)?.map(|entry| entry.value().2))
-        })
+        ancestors(first, |id| Ok(ids.get(id)?.map(|entry| entry.value().2)))
     }
 
     fn snapshots_table(

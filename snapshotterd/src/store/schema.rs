@@ -81,7 +81,8 @@ impl Record {
     }
 
     pub(super) fn usage(&self) -> Option<Usage> {
-        self.usage.map(|UsageRecord { bytes, inodes }| Usage { bytes, inodes })
+        self.usage
+            .map(|UsageRecord { bytes, inodes }| Usage { bytes, inodes })
     }
 
     pub(super) fn set_usage(&mut self, usage: Option<Usage>) {

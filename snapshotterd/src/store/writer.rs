@@ -5,7 +5,8 @@ use std::{cell::Cell, fmt, ops::Range};
 use redb::{ReadableTable as _, WriteTransaction};
 
 use super::{
-    CommitSnapshot, CreateSnapshot, Info, Kind, Labels, SNAPSHOT_REF, Snapshot, SnapshotKey, StoreError, Usage, now, reader,
+    CommitSnapshot, CreateSnapshot, Info, Kind, Labels, SNAPSHOT_REF, Snapshot, SnapshotKey,
+    StoreError, Usage, now, reader,
     schema::{self, CHILDREN, IDS, REFS, Record, SNAPSHOTS},
 };
 
@@ -225,11 +226,11 @@ impl<'a> Writer<'a> {
     }
 
     fn parent(&self, child: &SnapshotKey, name: &str) -> Result<(String, Kind, u64), StoreError> {
-        let record = self
-            .find(&child.sibling(name))?
-            .ok_or_else(|| StoreError::ParentNotFound {
-                parent: name.to_owned(),
-            })?;
+        let record =
+            self.find(&child.sibling(name))?
+                .ok_or_else(|| StoreError::ParentNotFound {
+                    parent: name.to_owned(),
+                })?;
         Ok((name.to_owned(), record.kind(name)?, record.id))
     }
 
@@ -264,22 +265,15 @@ impl<'a> Writer<'a> {
                 .remove((record.parent_id, record.id))?;
         }
         if let Some(reference) = record.labels.get(SNAPSHOT_REF) {
-            self.transaction.open_table(REFS)?.remove((
-                name.0,
-                reference.as_str(),
-                record.id,
-            ))?;
+            self.transaction
+                .open_table(REFS)?
+                .remove((name.0, reference.as_str(), record.id))?;
         }
         Ok(())
     }
 
     /// Rewrites a record whose key, id and parent stay.
-    fn replace(
-        &mut self,
-        key: &SnapshotKey,
-        old: &Record,
-        new: &Record,
-    ) -> Result<(), StoreError> {
+    fn replace(&mut self, key: &SnapshotKey, old: &Record, new: &Record) -> Result<(), StoreError> {
         self.written.set(true);
         let (before, after) = (old.labels.get(SNAPSHOT_REF), new.labels.get(SNAPSHOT_REF));
         if before != after {

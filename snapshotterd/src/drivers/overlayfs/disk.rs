@@ -64,10 +64,7 @@ pub(super) fn point(link: &Path, target: &Path) -> io::Result<()> {
 }
 
 /// The entries of `directory` that are named `<prefix><id>`.
-pub(super) fn numbered(
-    directory: &Path,
-    prefix: &str,
-) -> io::Result<Vec<(SnapshotId, PathBuf)>> {
+pub(super) fn numbered(directory: &Path, prefix: &str) -> io::Result<Vec<(SnapshotId, PathBuf)>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(directory)? {
         let entry = entry?;
@@ -153,11 +150,11 @@ mod tests {
         fs::create_dir(layer.join("d"))?;
         let counted = usage(&layer)?;
         assert_eq!(counted.inodes, 4);
-        assert!(counted.bytes >= 10_000 && counted.bytes < 100_000, "{counted:?}");
-        assert_eq!(
-            fs::metadata(&layer)?.permissions().mode() & 0o7777,
-            0o755
+        assert!(
+            counted.bytes >= 10_000 && counted.bytes < 100_000,
+            "{counted:?}"
         );
+        assert_eq!(fs::metadata(&layer)?.permissions().mode() & 0o7777, 0o755);
         assert_eq!(
             numbered(temp.path(), "")?,
             [(SnapshotId(7), directory.clone())]

@@ -129,7 +129,9 @@ impl<'a> Scanner<'a> {
                 return Ok(());
             }
             '0'..='7' => {
-                let value = self.digits(c.to_digit(8).unwrap_or(0), 8, 2).ok_or_else(bad)?;
+                let value = self
+                    .digits(c.to_digit(8).unwrap_or(0), 8, 2)
+                    .ok_or_else(bad)?;
                 u8::try_from(value).map_err(|_| bad())?
             }
             'x' => {
