@@ -110,7 +110,8 @@ impl<'a> Image<'a> {
         self.sb.inodes
     }
 
-    /// Size of the extra device in bytes, if there is one. Extents of [`Image::tree`] lie on it;
+    /// Size of the extra device in bytes, if there is one; 0 where a foreign writer did not state
+    /// it. Extents of [`Image::tree`] lie on it;
     /// without one they lie in the image itself.
     pub fn device_len(&self) -> Option<u64> {
         let device = self.device?;
@@ -156,6 +157,10 @@ impl<'a> Image<'a> {
     }
 
     fn slice(&self, at: u64, len: u64, what: &'static str) -> Result<&'a [u8], ReadError> {
+        if len == 0 {
+            // What has no bytes need not have a place either.
+            return Ok(&[]);
+        }
         let end = at.checked_add(len).ok_or(corrupt(what, at))?;
         usize::try_from(at)
             .ok()
@@ -204,15 +209,19 @@ impl<'a> Image<'a> {
         let bits = self.sb.block_bits;
         let block = 1_u64 << bits;
         let outside = corrupt("data outside its device", at);
+        let device_len = |slot: DeviceSlot| match slot.blocks {
+            0 => 1 << (32 + bits),
+            blocks => u64::from(blocks) << bits,
+        };
         let (start, limit) = match (self.device, device) {
             (None, 0) => (address, self.bytes.len() as u64),
-            (Some(slot), 1) => (address, u64::from(slot.blocks) << bits),
+            (Some(slot), 1) => (address, device_len(slot)),
             (Some(slot), 0) => {
                 let base = u64::from(slot.unified) << bits;
                 if base == 0 || address < base {
                     return Err(unsupported("data in the image and on a device", address));
                 }
-                (address - base, u64::from(slot.blocks) << bits)
+                (address - base, device_len(slot))
             }
             (_, other) => return Err(unsupported("device number", other)),
         };
@@ -461,12 +470,7 @@ impl Walk<'_, '_> {
             .ok_or(corrupt("directories larger than the image", at))?;
         let flat = self.image.flat(&head, at)?;
         let what = "directory data";
-        let blocks = self.image.slice(flat.blocks_at, flat.blocks_len, what);
-        let blocks = if flat.blocks_len == 0 {
-            &[][..]
-        } else {
-            blocks?
-        };
+        let blocks = self.image.slice(flat.blocks_at, flat.blocks_len, what)?;
         let tail = self.image.slice(flat.inline_at, flat.inline_len, what)?;
         let block_len = 1_usize << self.image.sb.block_bits;
         let mut previous: Option<&[u8]> = None;
