@@ -6,7 +6,8 @@
 //!
 //! Entry points: [`tree::LayerTree`] (the one in-memory tree) and [`tree::Builder`] (what the
 //! entries of a layer make of it), [`blobmap::BlobMap`] (where decoded bytes come from),
-//! [`tar::Parser`] (a streaming tar parser).
+//! [`tar::Parser`] and [`gzip::Inflater`] (streaming parsers), [`stargz`] (eStargz layers),
+//! [`proof::Prover`] (is a served layer the one it claims to be), [`erofs`] (metadata images).
 #![forbid(unsafe_code)]
 
 pub mod blobmap;
@@ -15,6 +16,7 @@ pub mod erofs;
 pub mod gzip;
 pub mod limits;
 pub mod oci;
+pub mod proof;
 pub mod stargz;
 pub mod tar;
 pub mod tree;

@@ -8,7 +8,7 @@
 //!
 //! Trust: the digest that a manifest binds is that of the JSON bytes ([`StargzLayer::toc_digest`]);
 //! the TOC binds every chunk by its digest. What the TOC *claims* about the tar (and so about the
-//! DiffID) is checked by the prover.
+//! DiffID) is checked by [`proof`](crate::proof).
 
 mod chunk;
 mod entry;
@@ -20,6 +20,7 @@ mod toc;
 
 pub use chunk::{ChunkError, decode_chunk};
 pub use footer::{Footer, FooterError, FooterKind, MAX_FOOTER_LEN, parse_footer};
+pub(crate) use landmark::is_landmark_name;
 pub use landmark::{LANDMARK_CONTENT, NO_PREFETCH_LANDMARK, PREFETCH_LANDMARK};
 pub use time::toc_mtime;
 pub use toc::{StargzLayer, StartList, TocError, inflate_toc, parse_toc};

@@ -9,7 +9,7 @@
 //! - a later entry replaces an earlier one of the same name, a directory over a directory only
 //!   updates its attributes and keeps its children;
 //! - a hard link adds a name to an earlier non-directory of the layer, and its own mode, owner,
-//!   time and xattrs overwrite those of the inode;
+//!   time and xattrs overwrite those of the inode (other xattrs stay, but for file capabilities);
 //! - `.wh.NAME` deletes NAME of the layers below unless this layer also brings a real NAME, before
 //!   or after; `.wh..wh..opq` makes its directory opaque; other `.wh..wh.*` names are metadata of
 //!   aufs and are left out, with everything below them when they stand at the root;
@@ -455,6 +455,9 @@ impl Builder {
         if let Kind::Directory(directory) = &mut self.inodes[parent.index()].kind {
             directory.entries.insert(name.to_vec(), id);
         }
+        // The unpack changes the owner first, which takes file capabilities away, then sets xattrs.
+        let xattrs = &mut self.inodes[id.index()].attrs.xattrs;
+        xattrs.remove(&b"security.capability"[..]);
         self.update_attrs(path, id, attrs)?;
         Ok(Applied::Link(id))
     }

@@ -1,0 +1,5 @@
+//! The reading half of the crate against layers made by other tools, by generators, and by chance.
+
+mod fixtures;
+mod listing;
+mod upstream;
