@@ -5,4 +5,5 @@ pub mod cache;
 pub mod hydrate;
 pub mod prefetch;
 pub mod ranges;
+pub mod registry;
 pub mod source;

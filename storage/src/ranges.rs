@@ -20,12 +20,16 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
+use formats::digest::Digest;
 use futures_util::{
     StreamExt as _,
     stream::{self, BoxStream},
 };
 
+pub use self::verified::VerifiedBody;
 use crate::source::{BoxFuture, Cause};
+
+mod verified;
 
 /// Something that can deliver any range of one blob.
 pub trait RangeSource: Send + Sync + 'static {
@@ -93,6 +97,16 @@ pub enum FetchError {
         /// Offset that the delivered bytes reached.
         reached: u64,
     },
+    /// A whole blob is not what its digest says.
+    #[error("{origin} has digest {actual} instead of {expected}")]
+    Digest {
+        /// The blob.
+        origin: String,
+        /// What it should be.
+        expected: Digest,
+        /// What it is.
+        actual: Digest,
+    },
     /// The source failed for good, or its retries are used up.
     #[error("cannot fetch bytes {}..{} of {origin}", range.start, range.end)]
     Source {
@@ -112,7 +126,9 @@ impl FetchError {
     /// What kind of failure it is.
     pub fn failure(&self) -> FetchFailure {
         match self {
-            Self::OutOfBounds { .. } | Self::Length { .. } => FetchFailure::Invalid,
+            Self::OutOfBounds { .. } | Self::Length { .. } | Self::Digest { .. } => {
+                FetchFailure::Invalid
+            }
             Self::Source { failure, .. } => *failure,
         }
     }

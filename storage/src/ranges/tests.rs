@@ -102,3 +102,29 @@ async fn a_file_that_shrinks_is_an_error_with_its_cause() {
         error.report()
     );
 }
+
+#[tokio::test]
+async fn whole_blobs_are_checked_against_their_digest() {
+    let open = |bytes: &'static [u8], digest| async move {
+        let source = MemorySource::new("memory", bytes);
+        let body = VerifiedBody::open(&source, digest, Cause::Metadata).await;
+        body.unwrap()
+    };
+    let right = Digest::of(b"some bytes");
+    let got = open(b"some bytes", right).await.collect().await.unwrap();
+    assert_eq!(got, "some bytes");
+    let empty = open(b"", Digest::of(b"")).await.collect().await.unwrap();
+    assert!(empty.is_empty());
+    for bytes in [&b"some bytes!"[..], b"Some bytes", b""] {
+        let mut body = open(bytes, right).await;
+        let error = loop {
+            match body.next_chunk().await {
+                Ok(Some(_)) => {}
+                Ok(None) => panic!("{bytes:?} passed"),
+                Err(error) => break error,
+            }
+        };
+        assert!(matches!(error, FetchError::Digest { .. }), "{error}");
+        assert!(body.next_chunk().await.is_err(), "the error stays");
+    }
+}
