@@ -17,6 +17,7 @@ mod landmark;
 mod layout;
 mod time;
 mod toc;
+mod writer;
 
 pub use chunk::{ChunkError, decode_chunk};
 pub use footer::{Footer, FooterError, FooterKind, MAX_FOOTER_LEN, parse_footer};
@@ -24,6 +25,8 @@ pub(crate) use landmark::is_landmark_name;
 pub use landmark::{LANDMARK_CONTENT, NO_PREFETCH_LANDMARK, PREFETCH_LANDMARK};
 pub use time::toc_mtime;
 pub use toc::{StargzLayer, StartList, TocError, inflate_toc, parse_toc};
+
+pub use writer::{Built, WriteError, WriterOptions, build};
 
 pub use crate::tree::NotLazyReason;
 
