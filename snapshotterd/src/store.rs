@@ -24,6 +24,11 @@ mod schema;
 mod types;
 mod writer;
 
+#[cfg(test)]
+mod crash;
+#[cfg(test)]
+mod model;
+
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -86,6 +91,13 @@ impl Store {
             path: path.to_owned(),
             source,
         })?;
+        Self::with_backend(backend, path)
+    }
+
+    fn with_backend(
+        backend: impl redb::StorageBackend,
+        path: &Path,
+    ) -> Result<Self, StoreError> {
         let database = Database::builder()
             .set_cache_size(schema::CACHE_BYTES)
             .create_with_backend(backend)?;
