@@ -291,7 +291,6 @@ impl Config {
             .map_err(|problem| ("metrics.address", problem))?;
         self.containerd.validate()?;
         self.registry.validate()?;
-        self.cache.validate()?;
         self.lazy.validate(timeout)?;
         self.overlayfs.validate()
     }

@@ -1,6 +1,7 @@
 //! The whole daemon in one value.
 
 mod routes;
+mod unmount;
 
 use std::{fs, io, path::PathBuf, sync::Arc, time::Duration};
 
@@ -184,12 +185,11 @@ impl Daemon {
     /// containers go on and a successor takes over.
     pub async fn stop(mut self, keep_mounts: bool) -> Result<(), DaemonError> {
         drop(self.stop_serving.take());
-        match tokio::time::timeout(DRAIN, &mut self.serving).await {
-            Ok(ended) => ended??,
-            Err(_) => {
-                tracing::warn!("requests were still running at the end");
-                self.serving.abort();
-            }
+        if let Ok(ended) = tokio::time::timeout(DRAIN, &mut self.serving).await {
+            ended??;
+        } else {
+            tracing::warn!("requests were still running at the end");
+            self.serving.abort();
         }
         for driver in self.drivers.iter() {
             driver.stop(keep_mounts).await?;

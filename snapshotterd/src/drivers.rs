@@ -112,6 +112,13 @@ pub trait Driver: Send + Sync + fmt::Debug + 'static {
     /// Adds labels that are not stored (or hides some) to what Stat, List and Update answer.
     fn decorate(&self, _snapshotter: &str, _info: &mut Info) {}
 
+    /// Takes down all mounts that this or an earlier daemon of this root and state has made
+    /// (`--unmount`). Called instead of [`Driver::recover`] and [`Driver::stop`]; what it leaves is
+    /// swept by mount table afterwards.
+    async fn unmount(&self) -> Result<(), DriverError> {
+        Ok(())
+    }
+
     /// The daemon ends. With `keep_mounts` containers go on; without, everything the driver has
     /// mounted is unmounted.
     async fn stop(&self, keep_mounts: bool) -> Result<(), DriverError> {

@@ -2,9 +2,10 @@
 
 use std::{path::PathBuf, process::ExitCode};
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 use fuse::{
+    CommandLine,
     holder::{self, HolderOptions},
     mounts,
 };
@@ -93,7 +94,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Some(Part::Config { action }) => configure(action)?,
         Some(Part::Holder { socket }) => return Ok(holder::run(&HolderOptions { socket })),
         Some(Part::MountHelper) => return Ok(mounts::run_child()),
-        None if command.unmount => bail!("--unmount is not built in yet"),
+        None if command.unmount => unmount(command.flags)?,
         None => serve(command.flags)?,
     }
     Ok(ExitCode::SUCCESS)
@@ -121,29 +122,45 @@ fn load(flags: Flags) -> anyhow::Result<Config> {
     Ok(Config::load(flags.config.as_deref(), &overrides)?)
 }
 
+fn unmount(flags: Flags) -> anyhow::Result<()> {
+    let config = load(flags)?;
+    logging::start(&config.log)
+        .map_err(anyhow::Error::msg)
+        .context("cannot start logging")?;
+    let program = std::env::current_exe().context("cannot find this program")?;
+    runtime()?.block_on(Daemon::unmount(
+        config,
+        CommandLine::new(program, ["mount-helper"]),
+    ))?;
+    Ok(())
+}
+
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")
+}
+
 fn serve(flags: Flags) -> anyhow::Result<()> {
     let config = load(flags)?;
     logging::start(&config.log)
         .map_err(anyhow::Error::msg)
         .context("cannot start logging")?;
     let notify = Notify::new(std::env::var_os("NOTIFY_SOCKET"));
-    tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .context("cannot start the runtime")?
-        .block_on(async {
-            // Before anything is started, so that an early signal is not lost.
-            let mut terminate = signal(SignalKind::terminate())?;
-            let mut interrupt = signal(SignalKind::interrupt())?;
-            let daemon = Daemon::start(config).await?;
-            notify.ready();
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
-            tracing::info!("stopping; mounts stay");
-            notify.stopping();
-            daemon.stop(true).await?;
-            Ok(())
-        })
+    runtime()?.block_on(async {
+        // Before anything is started, so that an early signal is not lost.
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let daemon = Daemon::start(config).await?;
+        notify.ready();
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::info!("stopping; mounts stay");
+        notify.stopping();
+        daemon.stop(true).await?;
+        Ok(())
+    })
 }

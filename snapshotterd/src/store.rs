@@ -94,10 +94,7 @@ impl Store {
         Self::with_backend(backend, path)
     }
 
-    fn with_backend(
-        backend: impl redb::StorageBackend,
-        path: &Path,
-    ) -> Result<Self, StoreError> {
+    fn with_backend(backend: impl redb::StorageBackend, path: &Path) -> Result<Self, StoreError> {
         let database = Database::builder()
             .set_cache_size(schema::CACHE_BYTES)
             .create_with_backend(backend)?;

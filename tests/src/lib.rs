@@ -1,4 +1,9 @@
 //! What the end-to-end suites share. Starting the daemon, containerd and registries is in crate
-//! `harness`, re-exported here.
+//! `harness`, re-exported here; [`conformance`] is containerd's snapshotter suite over a socket.
+
+pub mod conformance;
+pub mod mounting;
+pub mod snapshotter;
+pub mod tree;
 
 pub use harness::*;

@@ -150,13 +150,6 @@ impl Registry {
     }
 }
 
-impl Cache {
-    #[expect(clippy::unused_self, reason = "every section has one")]
-    pub(super) fn validate(&self) -> Check {
-        Ok(())
-    }
-}
-
 impl Lazy {
     pub(super) fn validate(&self, rpc_timeout: Duration) -> Check {
         if self.resolve_timeout.0 >= rpc_timeout {

@@ -77,7 +77,7 @@ fn owner(path: &Path) -> io::Result<Option<u32>> {
 }
 
 /// Connects without waiting: the backlog of a hung listener may be full.
-fn connect(path: &Path) -> io::Result<rustix::fd::OwnedFd> {
+pub(crate) fn connect(path: &Path) -> io::Result<rustix::fd::OwnedFd> {
     use rustix::net::{
         AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with,
     };

@@ -67,7 +67,7 @@ impl Committer {
         let (reply, answer) = oneshot::channel();
         let job = Box::new(Change {
             durability,
-            change,
+            run: change,
             outcome: None,
             reply,
         });
@@ -112,7 +112,7 @@ trait Job: Send {
 
 struct Change<T, F> {
     durability: Durability,
-    change: F,
+    run: F,
     outcome: Option<Result<T, StoreError>>,
     reply: oneshot::Sender<Result<T, StoreError>>,
 }
@@ -127,7 +127,7 @@ where
     }
 
     fn apply(&mut self, writer: &mut Writer<'_>) -> bool {
-        let outcome = catch_unwind(AssertUnwindSafe(|| (self.change)(writer)))
+        let outcome = catch_unwind(AssertUnwindSafe(|| (self.run)(writer)))
             .unwrap_or_else(|panic| Err(panicked(&*panic)));
         let usable = outcome.is_ok() || !writer.has_written();
         self.outcome = Some(outcome);

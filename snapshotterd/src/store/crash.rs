@@ -1,11 +1,7 @@
 //! Crashes: what was answered as durable is there afterwards, and the rest is consistent, whatever
 //! part of the unsynced writes reached the disk.
 
-use std::{
-    io,
-    path::Path,
-    sync::Arc,
-};
+use std::{io, path::Path, sync::Arc};
 
 use parking_lot::Mutex;
 use proptest::prelude::*;

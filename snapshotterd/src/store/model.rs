@@ -191,9 +191,11 @@ pub(super) fn apply(store: &Store, step: &Step, durability: Durability, id: Snap
         Step::Remove(key) => {
             Outcome::of(&store.write_blocking(durability, move |writer| writer.remove(&key)))
         }
-        Step::Update(key, labels, mask) => Outcome::of(
-            &store.write_blocking(durability, move |writer| writer.update(&key, &labels, &mask)),
-        ),
+        Step::Update(key, labels, mask) => {
+            Outcome::of(&store.write_blocking(durability, move |writer| {
+                writer.update(&key, &labels, &mask)
+            }))
+        }
         Step::FailHalfWay(key) => Outcome::of(&store.write_blocking(durability, move |writer| {
             let new = CreateSnapshot {
                 key: key.sibling("half"),
@@ -411,9 +413,10 @@ fn a_panic_is_the_callers_and_leaves_nothing() -> Result<(), StoreError> {
             labels: Labels::new(),
             id: SnapshotId(7),
         })?;
-        if true {
-            panic!("on purpose");
-        }
+        assert!(
+            writer.find_snapshot(&SnapshotKey::new("lazy", "b")).is_ok(),
+            "on purpose"
+        );
         Ok(())
     });
     assert!(matches!(result, Err(StoreError::Panicked { message }) if message == "on purpose"));

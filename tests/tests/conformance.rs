@@ -1,0 +1,70 @@
+//! containerd's snapshotter suite and our additions to it, over the daemon's socket, with driver
+//! overlayfs. Each case is a process of its own with a daemon of its own.
+
+use suite::{
+    conformance::{Bench, extra, files, metadata},
+    daemon::Daemon,
+    isolate, machine, skip,
+    snapshotter::Snapshotter,
+    workdir::Workdir,
+};
+
+const CONFIG: &str = "default_driver = \"overlayfs\"\n";
+
+fn run(case: impl FnOnce(&Bench)) {
+    if !machine::is_root() {
+        return skip("mounting needs root");
+    }
+    if !isolate::enter(120) {
+        return;
+    }
+    let work = Workdir::new();
+    let daemon = Daemon::start(&work.sub("d"), CONFIG);
+    let sn = Snapshotter::connect(&daemon.socket(), "overlayfs");
+    case(&Bench::new(sn, work.sub("w"), false));
+}
+
+macro_rules! cases {
+    ($($(#[$doc:meta])* $name:ident: $case:path;)*) => {$(
+        $(#[$doc])*
+        #[test]
+        fn $name() {
+            run($case);
+        }
+    )*};
+}
+
+cases! {
+    basic: files::basic;
+    stat_active: metadata::stat_active;
+    stat_committed: metadata::stat_committed;
+    transitivity: metadata::transitivity;
+    prepare_view_failing: metadata::prepare_view_failing;
+    update: metadata::update;
+    remove: metadata::remove;
+    walk: metadata::walk;
+    layer_file_update: files::layer_file_update;
+    remove_directory_in_lower_layer: files::remove_directory_in_lower_layer;
+    chown: files::chown;
+    directory_permission_on_commit: files::directory_permission_on_commit;
+    remove_intermediate_snapshot: metadata::remove_intermediate_snapshot;
+    deleted_files_in_child_snapshot: files::deleted_files_in_child_snapshot;
+    move_file_from_lower_layer: files::move_file_from_lower_layer;
+    view_readonly: files::view_readonly;
+    stat_in_walk: metadata::stat_in_walk;
+    close_twice: metadata::close_twice;
+    root_permission: files::root_permission;
+    rename: files::rename_in_child;
+    layers_mount_128: files::layers_mount_128;
+
+    error_codes: extra::error_codes;
+    rebase_at_commit: extra::rebase_at_commit;
+    labels_are_replaced_at_commit: extra::labels_are_replaced_at_commit;
+    usage: extra::usage;
+    cleanup: extra::cleanup;
+    mounts_again: extra::mounts_again;
+    lowers_extend_the_parents: extra::lowers_extend_the_parents;
+    root_owner_is_inherited: extra::root_owner_is_inherited;
+    list_in_pages: extra::list_in_pages;
+    whiteouts_over_four_layers: extra::whiteouts_over_four_layers;
+}
