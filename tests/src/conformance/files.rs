@@ -27,7 +27,7 @@ pub fn basic(bench: &Bench) {
     let preparing = bench.key("preparing");
     let mounts = sn.prepare(&preparing, "").expect("prepare");
     bench.mounted(&mounts, |root| {
-        tree::apply(root, &initial).expect("changes")
+        tree::apply(root, &initial).expect("changes");
     });
     let committed = bench.key("committed");
     sn.commit(&committed, &preparing).expect("commit");
@@ -91,9 +91,8 @@ pub fn layer_file_update(bench: &Bench) {
             let now = std::time::SystemTime::now()
                 .duration_since(std::time::UNIX_EPOCH)
                 .expect("a clock after 1970");
-            std::thread::sleep(
-                Duration::from_secs(1) - Duration::from_nanos(now.subsec_nanos().into()),
-            );
+            let rest = 1_000_000_000 - now.subsec_nanos();
+            std::thread::sleep(Duration::from_nanos(rest.into()));
         }
         bench.check_layers(&[&first, &second]);
     }
