@@ -6,7 +6,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc, Weak,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
 };
 
@@ -126,6 +126,7 @@ pub struct LayerBlob {
     pub(crate) prefetch: watch::Sender<Prefetch>,
     pub(crate) hydration: Slot,
     flush_pending: AtomicBool,
+    pub(crate) readers: AtomicUsize,
     pub(crate) me: Weak<Self>,
 }
 
@@ -186,6 +187,7 @@ impl LayerBlob {
             prefetch: watch::Sender::default(),
             hydration,
             flush_pending: AtomicBool::new(false),
+            readers: AtomicUsize::new(0),
             map,
             me: me.clone(),
         });
@@ -390,22 +392,43 @@ impl BlobSource for LayerBlob {
         if range.is_empty() {
             return Box::pin(async { Ok(()) });
         }
-        let waits = self.want(range.clone(), cause);
+        // Reads are answered page by page, and a page may hold the end of one chunk and the
+        // beginning of the next.
+        let pages = pages_of(&range);
+        let reader = Reader::enter(&self);
+        let waits = self.want(pages.start * PAGE..pages.end * PAGE, cause);
         if cause == Cause::Demand && self.options.readahead {
             self.look_ahead(&range);
         }
         Box::pin(async move {
+            let reader = reader;
             for wait in waits {
                 // The table answers every waiter before it forgets it.
                 wait.await.unwrap_or_else(|_| {
                     Err(SourceError {
                         errno: rustix::io::Errno::IO.raw_os_error(),
-                        message: format!("{}: the cache was closed", self.wire.name),
+                        message: format!("{}: the cache was closed", reader.0.wire.name),
                     })
                 })?;
             }
             Ok(())
         })
+    }
+}
+
+/// A reader that waits, counted until it goes.
+struct Reader(Arc<LayerBlob>);
+
+impl Reader {
+    fn enter(blob: &Arc<LayerBlob>) -> Self {
+        blob.readers.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(blob))
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        self.0.readers.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

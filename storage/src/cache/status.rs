@@ -86,7 +86,7 @@ impl LayerBlob {
         let read = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
         let local_bytes = read(&self.present_payload);
         let (inflight_bytes, inflight_requests) = self.wire.in_flight();
-        let (waiting_readers, waiting) = self.waiting();
+        let waiting = self.waiting();
         Status {
             layer: self.wire.name.clone(),
             blob_bytes: self.wire.blob_len(),
@@ -107,35 +107,29 @@ impl LayerBlob {
             failed_reads: read(&counters.failed_reads),
             last_error: self.last_error.lock().clone(),
             events: counters.events(),
-            waiting_readers,
+            waiting_readers: self.readers.load(Ordering::Relaxed),
             waiting,
             hydration: self.hydration_progress(),
         }
     }
 
-    fn waiting(&self) -> (usize, Vec<WaitingChunk>) {
+    fn waiting(&self) -> Vec<WaitingChunk> {
         let now = Instant::now();
         let tasks = self.tasks.lock();
-        let mut readers = 0;
-        let mut listed = Vec::new();
-        for (group, task) in tasks.iter() {
-            let here = task.waiters.iter().filter(|w| !w.is_closed()).count();
-            readers += here;
-            if here == 0 || listed.len() == WAITING_LISTED {
-                continue;
-            }
+        let listed = tasks.iter().filter_map(|(group, task)| {
+            let readers = task.waiters.iter().filter(|w| !w.is_closed()).count();
             let remote = self.group_remote(*group);
-            listed.push(WaitingChunk {
+            (readers > 0).then(|| WaitingChunk {
                 chunk: *group,
                 decoded_offset: self.map.chunks()[*group].decoded.0,
                 remote_start: remote.start,
                 remote_end: remote.end,
-                readers: here,
+                readers,
                 waiting_ms: u64::try_from(now.duration_since(task.since).as_millis())
                     .unwrap_or(u64::MAX),
-            });
-        }
-        (readers, listed)
+            })
+        });
+        listed.take(WAITING_LISTED).collect()
     }
 }
 

@@ -1,0 +1,10 @@
+//! The cache from outside: layers served from a source in memory that can be told to misbehave.
+
+mod corruption;
+mod fixture;
+mod hydration;
+mod isolation;
+mod model;
+mod reading;
+mod restart;
+mod source;
