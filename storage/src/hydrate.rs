@@ -25,6 +25,7 @@
 //! `proof.json` is written (a temporary file, fsync, rename, fsync of the folder), then the wire is
 //! dropped. A crash between any two of these steps repeats what was not recorded.
 
+mod estargz;
 mod pump;
 mod record;
 mod run;
@@ -36,7 +37,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-pub use self::record::Record;
+pub use self::{estargz::StargzProof, record::Record};
 use crate::cache::LayerBlob;
 
 /// Receives every chunk of a layer whose bytes matched their digest.

@@ -7,7 +7,7 @@
 
 use std::{collections::VecDeque, future::Future, sync::Arc};
 
-use formats::units::RemoteOffset;
+use formats::{stargz::StartList, units::RemoteOffset};
 use tokio::sync::watch;
 
 use crate::{
@@ -144,6 +144,13 @@ impl LayerBlob {
             blob.prefetch
                 .send_replace(result.map_or_else(Prefetch::Failed, |()| Prefetch::Done));
         });
+    }
+
+    /// Begins with what the layer's own start list names, if it has one.
+    pub fn prefetch_list(self: &Arc<Self>, list: &StartList) {
+        if let StartList::Until(end) = list {
+            self.prefetch(*end);
+        }
     }
 
     /// How far the start list has come.

@@ -266,14 +266,16 @@ impl LayerBlob {
             .read(&mut scratch.compressed, remote.start)
             .map_err(Failure::Io)?;
         let counters = &self.wire.counters;
-        for number in self.group(group) {
+        let members = self.group(group);
+        let codec = self.options.codec;
+        let mut member = codec.member(&scratch.compressed, members.len());
+        for number in members {
             let chunk = &self.map.chunks()[number];
             if self.store.bits.get(number as u64) {
                 continue;
             }
-            self.options
-                .codec
-                .decode(&scratch.compressed, chunk, &mut scratch.decoded)
+            member
+                .decode(chunk, &mut scratch.decoded)
                 .map_err(|error| Failure::Corrupt {
                     chunk: number,
                     error,

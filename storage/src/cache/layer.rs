@@ -320,7 +320,7 @@ impl LayerBlob {
     }
 
     /// Looks whether a reader goes through the blob in order, and fetches ahead if so.
-    fn look_ahead(&self, range: &Range<u64>) {
+    fn look_ahead(&self, stream: Option<usize>, range: &Range<u64>) {
         let chunks = self.map.overlapping(range.clone());
         let Some(last) = chunks
             .last()
@@ -329,9 +329,9 @@ impl LayerBlob {
             return;
         };
         let least = 2 * self.wire.scheduler.bandwidth_delay_bytes();
-        let Some(ahead) = self
-            .readahead
-            .note(range.start, range.end, last.remote_end.0, least)
+        let Some(ahead) =
+            self.readahead
+                .note(stream, range.start, range.end, last.remote_end.0, least)
         else {
             return;
         };
@@ -342,10 +342,12 @@ impl LayerBlob {
             self.decode_present(from..to);
         }
         let middle = last.remote_end.0 + (ahead.to - last.remote_end.0) / 2;
-        let at = self.map.chunks().partition_point(|c| c.remote.0 < middle);
-        if let Some(chunk) = self.map.chunks().get(at) {
-            self.readahead.mark(ahead.stream, chunk.decoded.0);
-        }
+        let decoded_at = |remote: u64| {
+            let at = self.map.chunks().partition_point(|c| c.remote.0 < remote);
+            self.map.chunks().get(at).map_or(u64::MAX, |c| c.decoded.0)
+        };
+        self.readahead
+            .mark(ahead.stream, decoded_at(middle), decoded_at(ahead.to));
     }
 
     /// Decoded bytes of a file that is being read; nothing is copied if any of it is absent.
@@ -366,8 +368,10 @@ impl LayerBlob {
             // Chunk numbers fit: BlobMap::new checked it.
             self.touched.note(u32::try_from(number).unwrap_or(u32::MAX));
         }
-        if self.options.readahead && self.readahead.passed(range.start, range.end) {
-            self.look_ahead(&range);
+        if self.options.readahead
+            && let Some(stream) = self.readahead.passed(range.start, range.end)
+        {
+            self.look_ahead(Some(stream), &range);
         }
         Ok(ReadNow::Ready(index(end - offset)))
     }
@@ -398,7 +402,7 @@ impl BlobSource for LayerBlob {
         let reader = Reader::enter(&self);
         let waits = self.want(pages.start * PAGE..pages.end * PAGE, cause);
         if cause == Cause::Demand && self.options.readahead {
-            self.look_ahead(&range);
+            self.look_ahead(None, &range);
         }
         Box::pin(async move {
             let reader = reader;
@@ -459,10 +463,12 @@ pub(crate) fn pages_of(range: &Range<u64>) -> Range<u64> {
 /// The cache searches by remote position, so an index in another order would make readers wait
 /// for ever.
 fn check_map(map: &BlobMap, blob_len: u64) -> Result<(), OpenError> {
-    let (mut start, mut end) = (0, 0);
+    let (mut start, mut end, mut inner) = (0, 0, 0);
     for (number, chunk) in map.chunks().iter().enumerate() {
         let range = chunk.remote_range();
-        if range.start < start || range.end < end || range.is_empty() || range.end > blob_len {
+        let disorder =
+            range.start < start || range.end < end || range.start == start && chunk.inner < inner;
+        if disorder || range.is_empty() || range.end > blob_len {
             return Err(OpenError::BadMap {
                 chunk: number,
                 range,
@@ -470,6 +476,7 @@ fn check_map(map: &BlobMap, blob_len: u64) -> Result<(), OpenError> {
             });
         }
         (start, end) = (range.start, range.end);
+        inner = chunk.inner.saturating_add(u64::from(chunk.len));
     }
     Ok(())
 }

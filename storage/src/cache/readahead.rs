@@ -22,6 +22,8 @@ struct Stream {
     window: u64,
     /// Remote offset up to which was asked.
     ahead: u64,
+    /// The same as a decoded offset.
+    ahead_decoded: u64,
     last_used: u64,
 }
 
@@ -51,9 +53,9 @@ impl Default for Readahead {
 }
 
 impl Readahead {
-    /// Whether a read that was served locally has reached a marker. Lock-free; true once.
-    pub(crate) fn passed(&self, start: u64, end: u64) -> bool {
-        self.markers.iter().any(|marker| {
+    /// The stream whose marker a read that was served locally has reached. Lock-free; once.
+    pub(crate) fn passed(&self, start: u64, end: u64) -> Option<usize> {
+        self.markers.iter().position(|marker| {
             let at = marker.load(Ordering::Relaxed);
             at != OFF
                 && at < end
@@ -64,18 +66,28 @@ impl Readahead {
         })
     }
 
-    /// Notes a read of decoded bytes `start..end` whose last remote byte is before `remote_end`.
-    /// Says what should be fetched ahead of it, if it belongs to a reader in order.
-    pub(crate) fn note(&self, start: u64, end: u64, remote_end: u64, least: u64) -> Option<Ahead> {
+    /// Notes a read of decoded bytes `start..end` whose last remote byte is before `remote_end`,
+    /// by the reader of `stream` or by one to be found out. Says what should be fetched ahead of
+    /// it, at least `least` bytes, if it belongs to a reader in order.
+    pub(crate) fn note(
+        &self,
+        stream: Option<usize>,
+        start: u64,
+        end: u64,
+        remote_end: u64,
+        least: u64,
+    ) -> Option<Ahead> {
         let mut guard = self.streams.lock();
         let (streams, clock) = &mut *guard;
         *clock += 1;
-        let found = streams.iter().position(|s| {
+        // Reads served locally are not noted, so a reader may turn up anywhere in what was
+        // fetched ahead for it.
+        let belongs = |s: &Stream| {
             s.last_used != 0
-                && start <= s.next.saturating_add(SLACK)
+                && start <= s.next.max(s.ahead_decoded).saturating_add(SLACK)
                 && s.next <= end.saturating_add(SLACK)
-        });
-        let Some(index) = found else {
+        };
+        let Some(index) = stream.or_else(|| streams.iter().position(belongs)) else {
             let oldest = (0..STREAMS).min_by_key(|i| streams[*i].last_used)?;
             streams[oldest] = Stream {
                 next: end,
@@ -85,19 +97,18 @@ impl Readahead {
             self.markers[oldest].store(OFF, Ordering::Release);
             return None;
         };
-        let stream = &mut streams[index];
+        let stream = streams.get_mut(index)?;
         stream.last_used = *clock;
-        let moved = end > stream.next;
-        stream.next = stream.next.max(end);
-        if !moved {
+        if end <= stream.next {
             return None;
         }
+        stream.next = end;
         stream.hits += 1;
         if stream.hits < 2 {
             return None;
         }
         let from = stream.ahead.max(remote_end);
-        if stream.window != 0 && from.saturating_sub(remote_end) > stream.window / 2 {
+        if stream.window != 0 && from - remote_end > stream.window / 2 {
             return None;
         }
         let least = least.clamp(WINDOW_MIN, WINDOW_MAX);
@@ -114,10 +125,14 @@ impl Readahead {
         })
     }
 
-    /// Sets where (in decoded bytes) the reader should be looked at again.
-    pub(crate) fn mark(&self, stream: usize, at: u64) {
-        if let Some(marker) = self.markers.get(stream) {
-            marker.store(at, Ordering::Release);
+    /// Sets the decoded offsets at which the reader should be looked at again, and up to which it
+    /// was fetched ahead for.
+    pub(crate) fn mark(&self, stream: usize, marker: u64, ahead: u64) {
+        if let Some(s) = self.streams.lock().0.get_mut(stream) {
+            s.ahead_decoded = ahead;
+        }
+        if let Some(slot) = self.markers.get(stream) {
+            slot.store(marker, Ordering::Release);
         }
     }
 }
@@ -134,7 +149,7 @@ mod tests {
         let mut asked = 0;
         for i in 0..100 {
             let (start, end) = (i * 128 * K, (i + 1) * 128 * K);
-            if let Some(next) = ahead.note(start, end, end / 2, 0) {
+            if let Some(next) = ahead.note(None, start, end, end / 2, 0) {
                 assert!(next.from >= asked, "nothing is asked for twice");
                 assert!(next.to > next.from);
                 asked = next.to;
@@ -145,17 +160,17 @@ mod tests {
         let ahead = Readahead::default();
         for i in [5_u64, 900, 17, 300, 44, 2000, 120, 1500] {
             let start = i * 1024 * K;
-            assert_eq!(ahead.note(start, start + 4 * K, start / 2, 0), None);
+            assert_eq!(ahead.note(None, start, start + 4 * K, start / 2, 0), None);
         }
     }
 
     #[test]
     fn a_marker_fires_once() {
         let ahead = Readahead::default();
-        ahead.mark(1, 1000 * K);
-        assert!(!ahead.passed(0, 999 * K));
-        assert!(!ahead.passed(5000 * K, 5001 * K), "another reader far away");
-        assert!(ahead.passed(990 * K, 1010 * K));
-        assert!(!ahead.passed(990 * K, 1010 * K));
+        ahead.mark(1, 1000 * K, 2000 * K);
+        assert_eq!(ahead.passed(0, 999 * K), None);
+        assert_eq!(ahead.passed(5000 * K, 5001 * K), None, "another reader");
+        assert_eq!(ahead.passed(990 * K, 1010 * K), Some(1));
+        assert_eq!(ahead.passed(990 * K, 1010 * K), None);
     }
 }

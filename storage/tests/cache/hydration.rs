@@ -110,7 +110,8 @@ async fn a_source_that_fails_for_a_while_is_tried_again() {
     blob.hydrate(layer.hydrate_options());
     assert!(blob.hydrated().await.unwrap().complete);
     assert!(read(&blob, 0, layer.decoded.len()).await.unwrap() == *layer.decoded);
-    assert_eq!(source.served(), layer.blob.len() as u64);
+    // The block in which the body broke off comes again.
+    assert!(source.served() < layer.blob.len() as u64 + 4096);
 }
 
 #[tokio::test(flavor = "multi_thread")]

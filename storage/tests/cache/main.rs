@@ -1,4 +1,5 @@
 //! The cache from outside: layers served from a source in memory that can be told to misbehave.
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 mod corruption;
 mod fixture;
