@@ -4,8 +4,16 @@
 //! in a root file system, with an installed OCI runtime or the embedded one).
 #![deny(unsafe_code)]
 
+pub mod admin;
 pub mod cli;
+pub mod convert;
+pub mod doctor;
+pub mod image;
+pub mod inspect;
 pub mod process;
+pub mod pull;
+pub mod record;
 pub mod runner;
+pub mod snapshots;
 mod sys;
 pub mod unpack;

@@ -234,19 +234,24 @@ fn read_input(path: &Path) -> Result<StageInput, RunError> {
         .map_err(RunError::step("reading the container's description"))
 }
 
+/// Makes a private mount namespace for this process and mounts there.
+pub fn mount_privately(mounts: &[Mount], root: &Path) -> Result<(), RunError> {
+    crate::sys::unshare_namespaces(rustix::thread::UnshareFlags::NEWNS)
+        .map_err(RunError::step("making a mount namespace (are you root?)"))?;
+    mounts::make_private()?;
+    mounts::mount_all(mounts, root)
+}
+
 fn namespaces(input: &StageInput, path: &Path) -> Result<u8, RunError> {
     let container = &input.container;
     // The container ends with whoever started it.
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
         .map_err(io::Error::from)
         .map_err(RunError::step("asking to die with the parent"))?;
-    crate::sys::unshare_namespaces(rustix::thread::UnshareFlags::NEWNS)
-        .map_err(RunError::step("making a mount namespace (are you root?)"))?;
-    mounts::make_private()?;
     let rootfs = container.bundle.join("rootfs");
     std::fs::create_dir_all(&rootfs)
         .map_err(RunError::step(format!("making {}", rootfs.display())))?;
-    mounts::mount_all(&container.mounts, &rootfs)?;
+    mount_privately(&container.mounts, &rootfs)?;
     match &container.engine {
         Engine::Oci(program) => oci::run(program, container, &rootfs),
         Engine::Embedded => embedded::run(&input.reexec, path),

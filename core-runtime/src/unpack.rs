@@ -3,6 +3,8 @@
 //! The process that unpacks has made the root file system its own root (chroot in a private mount
 //! namespace), so no path of the archive can lead out of it and plain path calls are enough.
 
+mod child;
+
 use std::{
     collections::{BTreeMap, HashSet},
     ffi::OsStr,
@@ -26,6 +28,8 @@ use rustix::{
     io::Errno,
 };
 use sha2::{Digest as _, Sha256};
+
+pub use child::{STAGE, in_child, run_stage};
 
 /// Why a layer cannot be unpacked.
 #[derive(Debug, thiserror::Error)]

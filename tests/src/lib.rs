@@ -6,4 +6,6 @@ pub mod mounting;
 pub mod snapshotter;
 pub mod tree;
 
+pub mod images;
+
 pub use harness::*;

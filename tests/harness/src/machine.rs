@@ -31,24 +31,18 @@ pub fn is_root() -> bool {
 /// # Panics
 /// When it has not been built (`cargo build --workspace --bins`).
 pub fn binary(name: &str) -> PathBuf {
-    let dir = env::var_os("SNAPSHOTTERD_BIN_DIR").map_or_else(
-        || {
-            let test = env::current_exe().expect("the test's own path");
-            // target/PROFILE/deps/test-HASH
-            test.ancestors()
-                .nth(2)
-                .expect("a target directory")
-                .to_owned()
-        },
-        PathBuf::from,
-    );
-    let path = dir.join(name);
-    assert!(
-        path.exists(),
-        "{} is not built: run `cargo build --workspace --bins` first",
-        path.display()
-    );
-    path
+    let given = env::var_os("SNAPSHOTTERD_BIN_DIR").map(PathBuf::from);
+    let exe = env::current_exe().expect("this program's own path");
+    // A binary lies in target/PROFILE, a test or an example one folder deeper.
+    let near = exe.ancestors().skip(1).take(2).map(Path::to_owned);
+    let found = given
+        .into_iter()
+        .chain(near)
+        .map(|dir| dir.join(name))
+        .find(|path| path.is_file());
+    found.unwrap_or_else(|| {
+        panic!("{name} is not built: run `cargo build --workspace --bins` first")
+    })
 }
 
 /// Where downloads and builds of real components are kept (`$SNAPSHOTTERD_CACHE`).

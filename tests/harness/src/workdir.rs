@@ -19,10 +19,17 @@ impl Workdir {
     /// # Panics
     /// When the directory cannot be made.
     pub fn new() -> Self {
-        let dir = tempfile::Builder::new()
-            .prefix("sd-")
-            .tempdir_in("/tmp")
-            .expect("a directory below /tmp");
+        Self::below(Path::new("/tmp"))
+    }
+
+    /// A fresh one in another directory, which must be short as well.
+    ///
+    /// # Panics
+    /// When the directory cannot be made.
+    pub fn below(parent: &Path) -> Self {
+        let made = tempfile::Builder::new().prefix("sd-").tempdir_in(parent);
+        let dir =
+            made.unwrap_or_else(|error| panic!("a directory below {}: {error}", parent.display()));
         Self { dir: Some(dir) }
     }
 

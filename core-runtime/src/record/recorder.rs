@@ -1,0 +1,366 @@
+//! Runs an image once under a private daemon and writes down what its start reads.
+//!
+//! The image is converted to eStargz into a private registry first (a start list says nothing
+//! about how the image is packed), so any image can be recorded. A daemon of its own sees every
+//! read: nothing of the image is in the page cache of a layer mount that has just been made.
+
+use std::{
+    collections::BTreeMap,
+    io::{BufRead as _, BufReader, Write as _},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::{Arc, mpsc},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail};
+use formats::oci::HostPlatform;
+use serde::Serialize;
+
+use super::{Entry, Record};
+use crate::{
+    admin,
+    convert::{self, ConvertOptions},
+    image::{Image, Location, RegistryAccess, Store},
+    process::Process,
+    pull::{self, Outcome, PullOptions},
+    runner::{self, Container, Engine, Reexec, Running},
+    snapshots::Snapshots,
+};
+
+/// How to record.
+#[derive(Clone, Debug)]
+pub struct RecordOptions {
+    /// Arguments instead of the image's command.
+    pub args: Vec<String>,
+    /// Stop when a line of the output contains this.
+    pub until_line: Option<String>,
+    /// Stop after this time at the latest.
+    pub limit: Duration,
+    /// The daemon's program.
+    pub snapshotterd: Option<PathBuf>,
+    /// How stages are started.
+    pub reexec: Reexec,
+    /// Do not pass the container's output on.
+    pub quiet: bool,
+}
+
+/// What a recording found.
+#[derive(Clone, Debug)]
+pub struct Recorded {
+    /// The list.
+    pub record: Record,
+    /// Figures.
+    pub summary: Summary,
+}
+
+/// Figures of a recording.
+#[derive(Clone, Debug, Serialize)]
+pub struct Summary {
+    /// Why it ended: `the line appeared`, `the process ended`, `the time was up`.
+    pub ended: &'static str,
+    /// How long the container ran.
+    pub seconds: f64,
+    /// Decoded bytes of everything read.
+    pub bytes_read: u64,
+    /// Decoded bytes of the image.
+    pub payload_bytes: u64,
+}
+
+/// Records the start of the image at `location`.
+pub async fn record(
+    location: &Location,
+    access: &RegistryAccess,
+    options: RecordOptions,
+) -> Result<Recorded> {
+    let program = find_daemon(options.snapshotterd.as_deref())?;
+    let work = tempfile::Builder::new()
+        .prefix("sd-record-")
+        .tempdir()
+        .context("a private directory")?;
+    let source = Store::open(location, access)?;
+    let original = Image::read(&source, &HostPlatform::current()).await?;
+    let process = Process::from_image(&original.config.config, &options.args, &[])?;
+
+    let registry = lab::Lab::start(lab::LabOptions::new(work.path().join("registry"))).await?;
+    let private: Location = format!("{}/recorded:1", registry.host()).parse()?;
+    let target = Arc::new(Store::open(&private, access)?);
+    let source = Arc::new(source);
+    // Speed counts here, not size: the packed image is thrown away.
+    let converting = ConvertOptions {
+        chunk_size_bytes: 1 << 20,
+        level: 1,
+        record: None,
+        jobs: 2,
+        scratch: work.path().to_owned(),
+    };
+    convert::to_estargz(
+        &source,
+        &original,
+        &target,
+        &converting,
+        Arc::new(|_, _| {}),
+    )
+    .await?;
+    let image = Image::read(&target, &HostPlatform::current()).await?;
+
+    let daemon = PrivateDaemon::start(&program, work.path())?;
+    daemon.wait_until_it_listens().await?;
+    let snapshots = Snapshots::connect(&daemon.address(), "snapctl").await?;
+    let pulling = PullOptions {
+        scratch: work.path().to_owned(),
+        reexec: options.reexec.clone(),
+        eager: false,
+    };
+    let pulled = pull::pull(
+        &target,
+        &private,
+        image.clone(),
+        &snapshots,
+        &pulling,
+        &(Arc::new(|_| {}) as pull::Progress),
+    )
+    .await?;
+    if let Some(layer) = pulled
+        .layers
+        .iter()
+        .find(|layer| layer.outcome != Outcome::Lazy)
+    {
+        bail!(
+            "layer {} is not served lazily here, so its reads cannot be recorded; see {}",
+            layer.digest,
+            daemon.log().display()
+        );
+    }
+    let mounts = snapshots.prepare("record", &pulled.top).await?;
+    let container = Container {
+        id: format!("record-{}", std::process::id()),
+        bundle: work.path().join("bundle"),
+        mounts,
+        process,
+        hostname: "record".into(),
+        binds: Vec::new(),
+        engine: Engine::detect(&std::env::var_os("PATH").unwrap_or_default()),
+    };
+    std::fs::create_dir(&container.bundle).context("the container's directory")?;
+    let started = Instant::now();
+    let running = runner::start(&container, &options.reexec, Stdio::piped())?;
+    let (until, limit, quiet) = (options.until_line.clone(), options.limit, options.quiet);
+    let ended = tokio::task::spawn_blocking(move || watch(running, until.as_deref(), limit, quiet))
+        .await??;
+    let seconds = started.elapsed().as_secs_f64();
+
+    let mut recorded = collect(&daemon.admin(), &original, &image).await?;
+    recorded.summary.ended = ended;
+    recorded.summary.seconds = seconds;
+    drop(daemon);
+    registry.stop().await;
+    Ok(recorded)
+}
+
+/// Reads the container's output until one of the ends; then the container is ended.
+fn watch(
+    mut running: Running,
+    until: Option<&str>,
+    limit: Duration,
+    quiet: bool,
+) -> Result<&'static str> {
+    let stdout = running.take_stdout().context("the container's output")?;
+    let (lines, received) = mpsc::channel();
+    std::thread::Builder::new()
+        .name("container output".into())
+        .spawn(move || {
+            for line in BufReader::new(stdout).split(b'\n').map_while(Result::ok) {
+                if lines.send(line).is_err() {
+                    break;
+                }
+            }
+        })?;
+    let deadline = Instant::now() + limit;
+    let ended = loop {
+        match received.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(line) => {
+                let text = String::from_utf8_lossy(&line);
+                if !quiet {
+                    let _ = writeln!(std::io::stderr(), "{text}");
+                }
+                if until.is_some_and(|wanted| text.contains(wanted)) {
+                    break "the line appeared";
+                }
+            }
+            Err(mpsc::RecvTimeoutError::Disconnected) => break "the process ended",
+            Err(mpsc::RecvTimeoutError::Timeout) => break "the time was up",
+        }
+    };
+    if ended == "the process ended" {
+        let status = running.wait()?;
+        if !status.success() {
+            bail!("the container failed ({status}); what it read would be no good start list");
+        }
+    } else {
+        running.kill();
+    }
+    Ok(ended)
+}
+
+#[derive(serde::Deserialize)]
+struct Touched {
+    files: Vec<TouchedFile>,
+    bytes_read: u64,
+    payload_bytes: u64,
+}
+
+#[derive(serde::Deserialize)]
+struct TouchedFile {
+    path: String,
+    /// Milliseconds since the layer was opened.
+    at_ms: u64,
+}
+
+async fn collect(socket: &Path, original: &Image, image: &Image) -> Result<Recorded> {
+    let mut all = Vec::new();
+    let mut summary = Summary {
+        ended: "",
+        seconds: 0.0,
+        bytes_read: 0,
+        payload_bytes: 0,
+    };
+    let mut answers: BTreeMap<_, Touched> = BTreeMap::new();
+    for (index, layer) in image.manifest.layers.iter().enumerate() {
+        if let std::collections::btree_map::Entry::Vacant(vacant) = answers.entry(layer.digest) {
+            let answer = admin::get(socket, &format!("/v1/layers/{}/touched", layer.digest)).await?;
+            let touched: Touched =
+                serde_json::from_value(answer).context("the daemon's list of touched files")?;
+            summary.bytes_read += touched.bytes_read;
+            summary.payload_bytes += touched.payload_bytes;
+            vacant.insert(touched);
+        }
+        for file in &answers[&layer.digest].files {
+            all.push((file.at_ms, index, file.path.clone()));
+        }
+    }
+    // Stable, so that the order within a layer stays.
+    all.sort_by_key(|(at, _, _)| *at);
+    let digest = original.digest.to_string();
+    let entries = all
+        .into_iter()
+        .map(|(_, layer_index, path)| Entry {
+            path,
+            manifest_digest: digest.clone(),
+            layer_index,
+        })
+        .collect();
+    Ok(Recorded {
+        record: Record { entries },
+        summary,
+    })
+}
+
+fn find_daemon(chosen: Option<&Path>) -> Result<PathBuf> {
+    if let Some(path) = chosen {
+        return Ok(path.to_owned());
+    }
+    let beside = std::env::current_exe()
+        .ok()
+        .and_then(|exe| Some(exe.parent()?.join("snapshotterd")));
+    let on_path = || {
+        let path = std::env::var_os("PATH")?;
+        std::env::split_paths(&path)
+            .map(|dir| dir.join("snapshotterd"))
+            .find(|file| file.is_file())
+    };
+    beside
+        .filter(|path| path.is_file())
+        .or_else(on_path)
+        .context("snapshotterd is neither beside snapctl nor on PATH; name it with --snapshotterd")
+}
+
+/// A daemon on private directories; ended and unmounted when dropped.
+#[derive(Debug)]
+struct PrivateDaemon {
+    program: PathBuf,
+    dir: PathBuf,
+    child: Child,
+}
+
+impl PrivateDaemon {
+    fn start(program: &Path, dir: &Path) -> Result<Self> {
+        let config = dir.join("snapshotterd.toml");
+        std::fs::write(
+            &config,
+            "[lazy]\nhydration = \"off\"\n[containerd]\naddress = \"\"\n",
+        )
+        .context("the daemon's config")?;
+        let log =
+            std::fs::File::create(dir.join("snapshotterd.log")).context("the daemon's log")?;
+        let child = Command::new(program)
+            .arg("--config")
+            .arg(config)
+            .args(flags(dir))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .with_context(|| format!("starting {}", program.display()))?;
+        Ok(Self {
+            program: program.to_owned(),
+            dir: dir.to_owned(),
+            child,
+        })
+    }
+
+    fn address(&self) -> PathBuf {
+        self.dir.join("sd.sock")
+    }
+
+    fn admin(&self) -> PathBuf {
+        self.dir.join("state/admin.sock")
+    }
+
+    fn log(&self) -> PathBuf {
+        self.dir.join("snapshotterd.log")
+    }
+
+    async fn wait_until_it_listens(&self) -> Result<()> {
+        for _ in 0..1000 {
+            if tokio::net::UnixStream::connect(self.address())
+                .await
+                .is_ok()
+            {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        let log = std::fs::read_to_string(self.log()).unwrap_or_default();
+        bail!("the daemon does not listen after 10 s:\n{log}")
+    }
+}
+
+fn flags(dir: &Path) -> Vec<std::ffi::OsString> {
+    let pairs = [
+        ("--root", dir.join("root")),
+        ("--state", dir.join("state")),
+        ("--lowers", dir.join("l")),
+        ("--address", dir.join("sd.sock")),
+    ];
+    pairs
+        .into_iter()
+        .flat_map(|(flag, path)| [flag.into(), path.into()])
+        .collect()
+}
+
+impl Drop for PrivateDaemon {
+    fn drop(&mut self) {
+        let pid = i32::try_from(self.child.id())
+            .ok()
+            .and_then(rustix::process::Pid::from_raw);
+        if let Some(pid) = pid {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        }
+        let _ = self.child.wait();
+        let _ = Command::new(&self.program)
+            .args(flags(&self.dir))
+            .arg("--unmount")
+            .status();
+    }
+}
