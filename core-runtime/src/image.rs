@@ -236,7 +236,13 @@ impl Image {
                         .check_against(&manifest)
                         .map_err(wrong("image config"))?;
                     let media_type = manifest.media_type().to_owned();
-                    return Ok(Self { digest: descriptor.digest, media_type, bytes, manifest, config });
+                    return Ok(Self {
+                        digest: descriptor.digest,
+                        media_type,
+                        bytes,
+                        manifest,
+                        config,
+                    });
                 }
                 Document::Index(index) => {
                     descriptor = choose(store, &index, platform)?;

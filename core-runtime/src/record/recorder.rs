@@ -228,7 +228,8 @@ async fn collect(socket: &Path, original: &Image, image: &Image) -> Result<Recor
     let mut answers: BTreeMap<_, Touched> = BTreeMap::new();
     for (index, layer) in image.manifest.layers.iter().enumerate() {
         if let std::collections::btree_map::Entry::Vacant(vacant) = answers.entry(layer.digest) {
-            let answer = admin::get(socket, &format!("/v1/layers/{}/touched", layer.digest)).await?;
+            let answer =
+                admin::get(socket, &format!("/v1/layers/{}/touched", layer.digest)).await?;
             let touched: Touched =
                 serde_json::from_value(answer).context("the daemon's list of touched files")?;
             summary.bytes_read += touched.bytes_read;
