@@ -337,8 +337,7 @@ impl LayerBlob {
         };
         let (from, to) = (ahead.from, ahead.to.min(self.wire.blob_len()));
         if from < to {
-            self.wire
-                .request(from..to, Cause::Demand, std::slice::from_ref(&(from..to)));
+            self.wire.request_ahead(&(from..to));
             self.decode_present(from..to);
         }
         let middle = last.remote_end.0 + (ahead.to - last.remote_end.0) / 2;

@@ -222,13 +222,29 @@ impl Wire {
             .is_empty()
     }
 
-    /// Starts fetching what is missing of `range` for readers; returns at once. Missing runs that
-    /// touch none of `needed` are left alone: they are there for convenience only.
+    /// Starts fetching what is missing of `range` for readers who wait for `needed`; returns at
+    /// once. Missing runs that touch none of `needed` are left alone: they are there for
+    /// convenience only.
     pub(crate) fn request(&self, range: Range<u64>, cause: Cause, needed: &[Range<u64>]) {
+        self.start(&range, cause, needed, Some(PATIENCE));
+    }
+
+    /// Starts fetching what is missing of `range` and not on its way, for a reader to come.
+    pub(crate) fn request_ahead(&self, range: &Range<u64>) {
+        self.start(range, Cause::Demand, std::slice::from_ref(range), None);
+    }
+
+    fn start(
+        &self,
+        range: &Range<u64>,
+        cause: Cause,
+        needed: &[Range<u64>],
+        patience: Option<u64>,
+    ) {
         let mut begun = Vec::new();
         {
             let mut flights = self.flights.lock();
-            for run in self.unclaimed(&flights, &range, Some(PATIENCE)) {
+            for run in self.unclaimed(&flights, range, patience) {
                 if !needed
                     .iter()
                     .any(|n| n.start < run.end && run.start < n.end)
