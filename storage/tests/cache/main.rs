@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 mod corruption;
+mod estargz;
 mod fixture;
 mod hydration;
 mod isolation;
