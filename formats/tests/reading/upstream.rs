@@ -65,7 +65,7 @@ pub(crate) fn inflate(blob: &[u8]) -> Vec<u8> {
     out
 }
 
-fn content(tree: &LayerTree, decoded: &[u8], id: InodeId) -> Vec<u8> {
+pub(crate) fn content(tree: &LayerTree, decoded: &[u8], id: InodeId) -> Vec<u8> {
     let Kind::Regular(file) = &tree.inode(id).kind else {
         panic!("not a file");
     };
@@ -80,7 +80,7 @@ fn content(tree: &LayerTree, decoded: &[u8], id: InodeId) -> Vec<u8> {
 }
 
 /// The truth as a TOC can hold it: times in whole seconds.
-fn as_toc(mut rows: Listing) -> Listing {
+pub(crate) fn as_toc(mut rows: Listing) -> Listing {
     for row in rows.values_mut() {
         if let Some((seconds, nanos)) = row.mtime.split_once('.') {
             let kept = toc_mtime(Mtime {
@@ -212,7 +212,7 @@ fn layers_that_are_not_lazy() {
 }
 
 /// Builds the tree of a plain tar and lists it with the payloads of its files.
-fn list_tar(tar: &[u8]) -> (Listing, Option<NotLazyReason>) {
+pub(crate) fn list_tar(tar: &[u8]) -> (Listing, Option<NotLazyReason>) {
     let mut parser = Parser::new(limits());
     let mut builder = Builder::new(limits());
     let mut rest = tar;
