@@ -26,6 +26,8 @@ use super::{
 
 /// For how long a basic credential is used before its source is asked again.
 const BASIC_LIFETIME: Duration = Duration::from_secs(300);
+/// For how long a refusal of a token is believed.
+const REFUSAL_LIFETIME: Duration = Duration::from_secs(2);
 /// No table of this module grows beyond this.
 const MAX_ENTRIES: usize = 4096;
 
@@ -175,9 +177,10 @@ impl Authorizer {
         {
             return Ok(grant.clone());
         }
-        // The attempt that was waited for has failed: so would this one.
+        // The attempt that was waited for has failed, or one just before: so would this one, and
+        // servers lock accounts out that come too often with a wrong password.
         if let Some((at, error)) = &state.failed
-            && *at >= asked
+            && (*at >= asked || !error.is_transient() && at.elapsed() < REFUSAL_LIFETIME)
         {
             return Err(error.clone());
         }

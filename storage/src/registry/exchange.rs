@@ -91,6 +91,8 @@ impl Inner {
         let mut home = endpoint.url();
         let mut method = call.method.clone();
         let (mut redirects, mut challenges) = (0, 0);
+        // What came of the scheme tried first, where it is a guess.
+        let mut first_refusal = None;
         loop {
             let at_home = redirect::same_origin(&url, &home);
             let may_guess = start.is_none() && redirects == 0;
@@ -123,14 +125,17 @@ impl Inner {
             let response = match sent {
                 Ok(response) => response,
                 Err(error) => {
-                    if may_guess && error.is_other_scheme() && endpoint.try_other_scheme(&home) {
+                    let may_guess = may_guess && error.is_other_scheme();
+                    let (host, config) = (host_of(&url), endpoint.config());
+                    let error = error.into_registry_error(&call.target, &host, &config);
+                    if may_guess && endpoint.try_other_scheme(&home) {
+                        first_refusal.get_or_insert(error);
                         home = endpoint.url();
                         url = api_url(endpoint, call)?;
                         continue;
                     }
                     endpoint.forget_scheme();
-                    let (host, config) = (host_of(&url), endpoint.config());
-                    return Err(error.into_registry_error(&call.target, &host, &config));
+                    return Err(first_refusal.unwrap_or(error));
                 }
             };
             let status = response.status();
@@ -138,6 +143,7 @@ impl Inner {
             if status == StatusCode::BAD_REQUEST && may_guess && is_plain {
                 // What servers say that expect TLS and hear plain HTTP.
                 if endpoint.try_other_scheme(&home) {
+                    first_refusal = Some(refused(call, &url, response).await);
                     home = endpoint.url();
                     url = api_url(endpoint, call)?;
                     continue;
