@@ -2,5 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod client;
+pub mod containerd;
 pub mod demo;
+pub mod floor;
 pub mod sample;

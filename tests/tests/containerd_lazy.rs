@@ -44,6 +44,7 @@ impl World {
             cri_snapshotter: PLUGIN.into(),
             sandbox_image: format!("{}/pause:1", lab.host()),
             hosts_dir: work.sub("hosts"),
+            tuned: false,
         };
         let containerd = Containerd::start(&work.sub("c"), setup);
         Self {

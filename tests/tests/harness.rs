@@ -23,6 +23,7 @@ fn ordinary_pull(line: Line) {
             cri_snapshotter: "overlayfs".into(),
             sandbox_image: "localhost/pause:1".into(),
             hosts_dir: work.sub("hosts"),
+            tuned: false,
         },
     );
     let version = containerd.ctr(["version"]);

@@ -89,6 +89,8 @@ pub struct Setup {
     pub sandbox_image: String,
     /// `hosts.toml` directory.
     pub hosts_dir: PathBuf,
+    /// Parallel downloads in ranges and parallel unpacking (2.x).
+    pub tuned: bool,
 }
 
 /// A running containerd.
@@ -183,6 +185,16 @@ impl Containerd {
         Some(self.client(&program, 180, args))
     }
 
+    /// `ctr` with the connection flags, for callers that start it themselves.
+    pub fn ctr_command(&self) -> Command {
+        let mut command = Command::new(self.programs.join("ctr"));
+        command
+            .arg("--address")
+            .arg(self.socket())
+            .env("PATH", path_with(&self.programs));
+        command
+    }
+
     fn client<S: AsRef<OsStr>>(
         &self,
         program: &Path,
@@ -259,6 +271,7 @@ fn path_with(programs: &Path) -> String {
 
 fn config_text(dir: &Path, setup: &Setup) -> String {
     let Setup {
+        tuned,
         snapshotter,
         cri_snapshotter,
         sandbox_image,
@@ -307,6 +320,11 @@ state = "{dir}/state"
 {proxy}"#
         );
     }
+    let tuning = if *tuned {
+        "  max_concurrent_downloads = 10\n  concurrent_layer_fetch_buffer = 8388608\n  max_concurrent_unpacks = 4\n"
+    } else {
+        ""
+    };
     let unpack = snapshotter.as_ref().map_or_else(String::new, |_| {
         format!(
             r#"  [[plugins."io.containerd.transfer.v1.local".unpack_config]]
@@ -342,7 +360,7 @@ state = "{dir}/state"
     conf_dir = "{dir}/cni"
 [plugins."io.containerd.transfer.v1.local"]
   config_path = "{hosts_dir}"
-  [[plugins."io.containerd.transfer.v1.local".unpack_config]]
+{tuning}  [[plugins."io.containerd.transfer.v1.local".unpack_config]]
     platform = "linux/amd64"
     snapshotter = "overlayfs"
     differ = "walking"
