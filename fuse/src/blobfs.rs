@@ -1,14 +1,30 @@
 //! BlobFs: a flat directory whose files are named by decimal node numbers.
 
+mod deadline;
+mod node_table;
+mod server;
+mod start;
+mod watch;
+
 use std::{
+    io,
+    os::fd::{BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
 use storage::source::{BlobSource, BoxFuture, SourceError};
 
-use crate::{CommandLine, mounts::Helper};
+use crate::{
+    CommandLine,
+    holder::{Client, HolderError},
+    mounts::{Helper, HelperError},
+    table::TableError,
+    transport::Readers,
+};
+use server::{Counters, Server};
+use watch::HolderWatch;
 
 /// Where BlobFs finds its blobs. Asked by number, also right after a restart.
 pub trait Nodes: Send + Sync + 'static {
@@ -16,7 +32,7 @@ pub trait Nodes: Send + Sync + 'static {
     /// Must not wait for anything remote.
     fn size(&self, node: u64) -> Option<u64>;
 
-    /// Opens a node. Called once per node while it is in use.
+    /// Opens a node. Called once per node while it is in use; after an error, again.
     fn open(&self, node: u64) -> BoxFuture<'static, Result<Arc<dyn BlobSource>, SourceError>>;
 
     /// The last open handle of a node is gone (or its session is). Must not wait.
@@ -28,25 +44,26 @@ pub trait Nodes: Send + Sync + 'static {
 pub struct BlobFsOptions {
     /// Where it is mounted. Made if absent; its parent must not be on BlobFs.
     pub mountpoint: PathBuf,
-    /// Directory for the holder's socket, lock and log, private to this daemon.
+    /// Directory for the holder's socket, lock and log, private to this daemon. Made if absent.
     pub state_dir: PathBuf,
     /// Starts the holder; `--socket PATH` is appended.
     pub holder: CommandLine,
     /// Starts mount helpers.
     pub helper: Helper,
-    /// Where reads that wait are continued.
+    /// Where reads that wait are continued. Needs its time driver.
     pub runtime: tokio::runtime::Handle,
-    /// Threads that read requests, 1 to 16.
+    /// Threads that read requests, 1 to 16. They also read local bytes from disk.
     pub readers: usize,
-    /// Longest READ negotiated, in bytes: a multiple of 4096 from 128 KiB to 1 MiB.
+    /// Longest READ negotiated for a new session, in bytes: 128 KiB to 1 MiB, a multiple of 4096.
     pub max_read_bytes: u32,
     /// Locked memory for replies, in bytes; 4 to 6 MiB stay within the smallest common limit.
     pub reply_memory_bytes: usize,
-    /// A read that cannot be served within this time fails.
+    /// A read that cannot be served within this time fails. Half of the kernel's own request
+    /// timeout rules where one is set.
     pub read_deadline: Duration,
-    /// How long to wait for the threads of a former daemon to be gone.
+    /// How long to wait for the reader threads of a former daemon to be gone.
     pub fence_timeout: Duration,
-    /// Bound for the mount itself.
+    /// Bound for mounting and unmounting.
     pub mount_timeout: Duration,
 }
 
@@ -68,8 +85,8 @@ impl BlobFsOptions {
             readers: 2,
             max_read_bytes: 128 << 10,
             reply_memory_bytes: 4 << 20,
-            read_deadline: Duration::from_secs(60),
-            fence_timeout: Duration::from_secs(60),
+            read_deadline: Duration::from_mins(1),
+            fence_timeout: Duration::from_mins(1),
             mount_timeout: Duration::from_secs(10),
         }
     }
@@ -79,9 +96,51 @@ impl BlobFsOptions {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StartError {
-    /// This version has no transport.
-    #[error("BlobFs has no transport in this version")]
-    NotBuilt,
+    /// An option is outside of its bounds.
+    #[error("{option} is {value}, it must be {bounds}")]
+    Option {
+        /// The option.
+        option: &'static str,
+        /// Its value.
+        value: u64,
+        /// What it may be.
+        bounds: &'static str,
+    },
+    /// A directory could not be made or resolved.
+    #[error("prepare {path:?}")]
+    Directory {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// /dev/fuse could not be opened.
+    #[error("open /dev/fuse")]
+    Device(#[source] io::Error),
+    /// No memory for replies, or no threads.
+    #[error("set up the transport")]
+    Transport(#[source] io::Error),
+    /// A table just made is invalid.
+    #[error("use the request table")]
+    Table(#[from] TableError),
+    /// The holder did not do its part.
+    #[error(transparent)]
+    Holder(#[from] HolderError),
+    /// Something that is not a dead session of ours is mounted there.
+    #[error(
+        "{mountpoint:?} is in use by {fs_type} {fs_source:?}, which is not a session held here"
+    )]
+    Occupied {
+        /// The mountpoint.
+        mountpoint: PathBuf,
+        /// Type of what is mounted.
+        fs_type: String,
+        /// Source of what is mounted.
+        fs_source: String,
+    },
+    /// It could not be mounted.
+    #[error("mount BlobFs")]
+    Mount(#[source] HelperError),
 }
 
 /// Counters since this daemon started.
@@ -91,7 +150,7 @@ pub struct Stats {
     pub reads: u64,
     /// Bytes in them.
     pub read_bytes: u64,
-    /// Requests answered with an error, ENOSYS aside.
+    /// Requests answered with an error (lookups of absent names and ENOSYS aside).
     pub errors: u64,
     /// Requests that wait for their source now.
     pub waiting: u64,
@@ -99,17 +158,41 @@ pub struct Stats {
     pub replayed: u64,
 }
 
+/// What this BlobFs came from and what it had to do without.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Condition {
+    /// The session of a former daemon goes on. False: mounts that a former daemon made on BlobFs
+    /// are dead and have to be made anew.
+    pub adopted: bool,
+    /// The former daemon's table was unusable and the kernel was asked to resend.
+    pub resent: bool,
+    /// Reply memory is locked; false where RLIMIT_MEMLOCK forbids it.
+    pub replies_locked: bool,
+}
+
 /// A mounted, served BlobFs.
 #[derive(Debug)]
 pub struct BlobFs {
     mountpoint: PathBuf,
+    helper: Helper,
+    mount_timeout: Duration,
+    condition: Condition,
+    counters: Arc<Counters>,
+    holder: Arc<Client>,
+    watch: HolderWatch,
+    /// The session that is mounted comes last; those before it live on under mounts that were made
+    /// while they were.
+    sessions: Vec<Arc<Server>>,
+    readers: Vec<Readers>,
 }
 
 impl BlobFs {
     /// Adopts the session of a former daemon or makes a new one, and serves it.
+    ///
+    /// When this returns, every request that the former daemon left has been answered or is being
+    /// worked on. Call [`Helper::settle`] next, and compare mountinfo with what was intended.
     pub async fn start(options: BlobFsOptions, nodes: Arc<dyn Nodes>) -> Result<Self, StartError> {
-        let _ = (options, nodes);
-        Err(StartError::NotBuilt)
+        start::start(options, nodes).await
     }
 
     /// The file of a node. Whoever walks this path may wait for the daemon: only mount helpers do.
@@ -122,20 +205,94 @@ impl BlobFs {
         &self.mountpoint
     }
 
-    /// Whether the session of a former daemon goes on. False: mounts that a former daemon made on
-    /// BlobFs are dead and have to be made anew.
+    /// Whether the session of a former daemon goes on; see [`Condition::adopted`].
     pub fn adopted(&self) -> bool {
-        false
+        self.condition.adopted
+    }
+
+    /// What it came from.
+    pub fn condition(&self) -> &Condition {
+        &self.condition
+    }
+
+    /// Whether the mounted session still exists: false after someone else unmounted or aborted it.
+    pub fn is_alive(&self) -> bool {
+        self.sessions
+            .last()
+            .is_some_and(|server| !server.session().has_ended())
     }
 
     /// Counters.
     pub fn stats(&self) -> Stats {
-        Stats::default()
+        let waiting: usize = self.sessions.iter().map(|server| server.waiting()).sum();
+        Stats {
+            reads: self.counters.reads.load(Ordering::Relaxed),
+            read_bytes: self.counters.read_bytes.load(Ordering::Relaxed),
+            errors: self.counters.errors.load(Ordering::Relaxed),
+            waiting: waiting as u64,
+            replayed: self.counters.replayed.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Lets the holder keep a descriptor for the next daemon (a lock, a listening socket).
+    pub fn keep_fd(&self, name: &str, fd: BorrowedFd<'_>) -> Result<(), HolderError> {
+        self.holder.put(name, fd)?;
+        self.watch.keep(name, fd);
+        Ok(())
+    }
+
+    /// A descriptor that a former daemon let the holder keep.
+    pub fn kept_fd(&self, name: &str) -> Result<Option<OwnedFd>, HolderError> {
+        self.holder.take(name)
+    }
+
+    /// Makes the holder let a kept descriptor go.
+    pub fn forget_fd(&self, name: &str) -> Result<(), HolderError> {
+        self.watch.forget(name);
+        self.holder.forget(name)
     }
 
     /// Stops serving. With `keep_mounts` readers wait for the next daemon; without, BlobFs is
-    /// unmounted (lazily if something still uses it) and the holder let go.
-    pub async fn stop(self, keep_mounts: bool) {
-        let _ = keep_mounts;
+    /// unmounted (lazily if something still uses it: the users' reads then fail) and the holder
+    /// ends. Waits for reads of local bytes under way, for nothing else.
+    pub async fn stop(mut self, keep_mounts: bool) -> Result<(), HelperError> {
+        let mut unmounted = Ok(());
+        if !keep_mounts && self.is_alive() {
+            // Served until it is gone: an unmount may wait for answers.
+            let plain = self
+                .helper
+                .umount(&self.mountpoint, false, self.mount_timeout)
+                .await;
+            if plain.is_err() {
+                unmounted = self
+                    .helper
+                    .umount(&self.mountpoint, true, self.mount_timeout)
+                    .await;
+            }
+        }
+        let stopped = tokio::task::spawn_blocking(move || {
+            self.watch.stop();
+            for readers in &mut self.readers {
+                readers.stop();
+            }
+            if !keep_mounts {
+                self.let_go();
+            }
+        });
+        let _ = stopped.await;
+        unmounted
+    }
+
+    /// Ends the sessions with the holder, and the holder if nothing else is kept.
+    fn let_go(&self) {
+        for server in &self.sessions {
+            if let Err(e) = self.holder.drop_session(server.session().name()) {
+                tracing::warn!(error = %e, "let a session go");
+            }
+        }
+        match self.holder.quit() {
+            Ok(()) => self.holder.reap(),
+            Err(e) => tracing::info!(error = %e, "the holder stays"),
+        }
     }
 }

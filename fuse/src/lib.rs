@@ -1,9 +1,9 @@
 //! BlobFs: one FUSE mount per node whose flat files are the data devices of EROFS mounts.
 //!
 //! What it is made of:
-//! - [`transport`] reads requests from `/dev/fuse` and answers them; a read that waits for its
+//! - `transport` reads requests from `/dev/fuse` and answers them; a read that waits for its
 //!   source holds no thread.
-//! - [`table`] is the shared memory in which every request is recorded before it is worked on, so
+//! - `table` is the shared memory in which every request is recorded before it is worked on, so
 //!   that the next daemon can answer what this one could not.
 //! - [`holder`] is the tiny process that keeps the device and the table while daemons come and go.
 //! - [`blobfs`] gives the file system its meaning: decimal names, one blob each.
@@ -21,8 +21,9 @@ pub mod mounts;
 pub mod probe;
 mod process;
 mod sys;
-pub mod table;
-pub mod transport;
+mod table;
+mod transport;
 
 pub use blobfs::{BlobFs, BlobFsOptions, Nodes, StartError, Stats};
 pub use command::CommandLine;
+pub use table::TableError;

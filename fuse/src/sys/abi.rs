@@ -27,12 +27,10 @@ pub(crate) mod op {
     pub(crate) const READ: u32 = 15;
     pub(crate) const STATFS: u32 = 17;
     pub(crate) const RELEASE: u32 = 18;
-    pub(crate) const GETXATTR: u32 = 22;
     pub(crate) const INIT: u32 = 26;
     pub(crate) const OPENDIR: u32 = 27;
     pub(crate) const READDIR: u32 = 28;
     pub(crate) const RELEASEDIR: u32 = 29;
-    pub(crate) const ACCESS: u32 = 34;
     pub(crate) const INTERRUPT: u32 = 36;
     pub(crate) const DESTROY: u32 = 38;
     pub(crate) const NOTIFY_REPLY: u32 = 41;
@@ -71,11 +69,6 @@ pub(crate) const fn word(low: u32, high: u32) -> u64 {
 pub(crate) struct Body(Vec<u8>);
 
 impl Body {
-    pub(crate) fn u16(mut self, value: u16) -> Self {
-        self.0.extend_from_slice(&value.to_le_bytes());
-        self
-    }
-
     pub(crate) fn u32(mut self, value: u32) -> Self {
         self.0.extend_from_slice(&value.to_le_bytes());
         self

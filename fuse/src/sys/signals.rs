@@ -36,7 +36,7 @@ pub(crate) fn termination() -> io::Result<OwnedFd> {
 
 /// Takes one signal off a descriptor of [`termination`].
 pub(crate) fn take(fd: &OwnedFd) {
-    let mut info = [0; mem::size_of::<libc::signalfd_siginfo>()];
+    let mut info = [0; size_of::<libc::signalfd_siginfo>()];
     let _ = rustix::io::read(fd, &mut info[..]);
 }
 
