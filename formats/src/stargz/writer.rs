@@ -42,7 +42,9 @@ use source::{Item, Source};
 pub struct WriterOptions {
     /// Bytes of a file that are compressed and verified as one; default 4 MiB.
     pub chunk_size: u32,
-    /// Compression level of libdeflate, 0 to 12; default 9.
+    /// Compression level of libdeflate, 0 to 12; default 7. Its levels are not those of zlib or Go:
+    /// from 5 on the result is smaller than that of upstream's writer at level 9, and 9 gains half
+    /// a percent over 7 for twice the time.
     pub level: u8,
     /// Paths to put first, most urgent first. Their parent directories and the targets of hard
     /// links come before them; what the layer does not have is left out and reported.
@@ -53,7 +55,7 @@ impl Default for WriterOptions {
     fn default() -> Self {
         Self {
             chunk_size: 4 << 20,
-            level: 9,
+            level: 7,
             prioritized: Vec::new(),
         }
     }

@@ -17,7 +17,8 @@ use std::{
 
 use formats::{
     erofs::{is_xattr_presented, write},
-    tree::{Inode, InodeId, Kind, LayerTree, Regular, Xattrs},
+    tree::{Extent, Inode, InodeId, Kind, LayerTree, Regular, Xattrs},
+    units::DecodedOffset,
 };
 use rustix::mount::{MountFlags, mount, unmount};
 
@@ -181,6 +182,54 @@ fn inside_tree() {
     });
     unmount(&root, rustix::mount::UnmountFlags::DETACH).unwrap();
     result.unwrap();
+    large_file(dir.path());
+}
+
+/// A file of more than 4 GiB in one chunk, of which a few bytes are not zero.
+fn large_file(dir: &Path) {
+    const SIZE: u64 = (6 << 30) + 123;
+    const AT: u64 = 1 << 33;
+    let extent = Extent {
+        file_offset: 0,
+        len: SIZE,
+        decoded: DecodedOffset(AT),
+    };
+    let mut sample = Sample::new();
+    let file = Regular {
+        size: SIZE,
+        extents: vec![extent],
+    };
+    sample.add("large", attrs(0o644), Kind::Regular(file));
+    let (tree, _) = sample.finish();
+    let layer = Layer {
+        meta: dir.join("large.erofs"),
+        device: dir.join("large.data"),
+    };
+    let device_len = (AT + SIZE).next_multiple_of(4096);
+    fs::write(&layer.meta, write(&tree, device_len).unwrap()).unwrap();
+    let device = File::create(&layer.device).unwrap();
+    device.set_len(device_len).unwrap();
+    let marks = [0, (1 << 32) - 3, (1 << 32) + 5, SIZE - 7];
+    for mark in marks {
+        device
+            .write_all_at(&mark.to_le_bytes()[..7], AT + mark)
+            .unwrap();
+    }
+    let root = dir.join("large");
+    layer.mount(&root);
+    let read = |at: u64| {
+        let mut bytes = [0; 7];
+        let file = File::open(root.join("large")).unwrap();
+        file.read_exact_at(&mut bytes, at).unwrap();
+        bytes
+    };
+    let found = marks.map(read);
+    let elsewhere = read(3 << 30);
+    unmount(&root, rustix::mount::UnmountFlags::DETACH).unwrap();
+    for (mark, found) in marks.iter().zip(found) {
+        assert_eq!(mark.to_le_bytes()[..7], found);
+    }
+    assert_eq!(elsewhere, [0; 7]);
 }
 
 /// Compares what lies at `path` with the inode `id`, and everything below. Returns the number of

@@ -4,6 +4,7 @@
     reason = "test code outside of test functions, too"
 )]
 
+mod fixtures;
 mod identity;
 mod peers;
 mod tars;

@@ -237,6 +237,35 @@ fn attrs() -> impl Strategy<Value = Spec> {
     )
 }
 
+/// The tree of an archive, without the entries that do not apply.
+pub(crate) fn unpack_leniently(tar: &[u8]) -> LayerTree {
+    let mut parser = Parser::new(Limits::default());
+    let mut builder = Builder::new(Limits::default());
+    let mut bytes = tar;
+    while let Some(event) = parser.next_event(&mut bytes).unwrap() {
+        if let Event::Entry(header) = event {
+            if is_hidden(&TreePath::clean(&header.path)) {
+                continue;
+            }
+            let _ = builder.apply(Entry {
+                path: &header.path,
+                attrs: header.attrs(),
+                kind: header.entry_kind().unwrap(),
+            });
+        }
+    }
+    builder.finish()
+}
+
+fn is_hidden(path: &TreePath) -> bool {
+    let hidden = [
+        ".prefetch.landmark",
+        ".no.prefetch.landmark",
+        "stargz.index.json",
+    ];
+    hidden.iter().any(|name| name.as_bytes() == path.as_bytes())
+}
+
 /// What an ordinary unpack makes of an archive: the tree, and the content of its regular files.
 /// Landmarks and the TOC are left out.
 pub(crate) fn unpack(tar: &[u8]) -> (LayerTree, BTreeMap<Vec<u8>, Vec<u8>>) {
@@ -250,16 +279,8 @@ pub(crate) fn unpack(tar: &[u8]) -> (LayerTree, BTreeMap<Vec<u8>, Vec<u8>>) {
         match event {
             Event::Entry(header) => {
                 let cleaned = TreePath::clean(&header.path);
-                let hidden = [
-                    ".prefetch.landmark",
-                    ".no.prefetch.landmark",
-                    "stargz.index.json",
-                ];
                 path = None;
-                if hidden
-                    .iter()
-                    .any(|name| name.as_bytes() == cleaned.as_bytes())
-                {
+                if is_hidden(&cleaned) {
                     continue;
                 }
                 builder
