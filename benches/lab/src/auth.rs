@@ -108,33 +108,45 @@ impl Authority {
             .unwrap_or_default();
         match &self.auth {
             Auth::None => None,
-            Auth::Basic(credentials) => {
-                if basic(given).as_ref() == Some(credentials) {
-                    return None;
-                }
-                Some(unauthorized(r#"Basic realm="lab""#))
-            }
+            Auth::Basic(credentials) if basic(given).as_ref() == Some(credentials) => None,
+            Auth::Basic(_) => Some(self.challenge(need, origin, None)),
             Auth::Bearer { .. } => {
                 let error = match given.split_once(' ') {
                     Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => {
                         match self.tokens.lock().get(token.trim()) {
-                            Some(known) if known.expires <= Instant::now() => {
-                                r#",error="invalid_token""#
-                            }
+                            Some(known) if known.expires <= Instant::now() => "invalid_token",
                             Some(known) if need.granted_by(&known.scopes) => return None,
-                            Some(_) => r#",error="insufficient_scope""#,
-                            None => r#",error="invalid_token""#,
+                            Some(_) => "insufficient_scope",
+                            None => "invalid_token",
                         }
                     }
-                    _ => "",
+                    _ => return Some(self.challenge(need, origin, None)),
                 };
+                Some(self.challenge(need, origin, Some(error)))
+            }
+        }
+    }
+
+    /// The 401 of this kind of authentication.
+    pub(crate) fn challenge(&self, need: Need<'_>, origin: &str, error: Option<&str>) -> Reply {
+        match self.auth {
+            Auth::None => Reply::error(
+                StatusCode::UNAUTHORIZED,
+                "UNAUTHORIZED",
+                "authentication required",
+            ),
+            Auth::Basic(_) => unauthorized(r#"Basic realm="lab""#),
+            Auth::Bearer { .. } => {
+                let error = error
+                    .map(|error| format!(r#",error="{error}""#))
+                    .unwrap_or_default();
                 let scope = need
                     .scope()
                     .map(|scope| format!(r#",scope="{scope}""#))
                     .unwrap_or_default();
-                Some(unauthorized(&format!(
+                unauthorized(&format!(
                     r#"Bearer realm="{origin}/token",service="lab"{scope}{error}"#
-                )))
+                ))
             }
         }
     }

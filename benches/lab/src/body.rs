@@ -53,7 +53,7 @@ pub(crate) struct ReplyBody {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BodyError {
     #[error("cut by a rule")]
-    Cut,
+    Cut { reset: bool },
     #[error("read blob")]
     Read(#[source] io::Error),
 }
@@ -132,6 +132,9 @@ impl Sending {
                 self.failed = true;
                 // What was promised before the break is to arrive.
                 self.outgoing.connection.flushed().await;
+                if let BodyError::Cut { reset: true } = error {
+                    self.outgoing.connection.reset_on_close();
+                }
                 Some((Err(error), self))
             }
         }
@@ -146,11 +149,14 @@ impl Sending {
             gate.pass().await;
         }
         if faults.truncate.is_some_and(|after| after <= self.sent) {
-            return Err(BodyError::Cut);
+            return Err(BodyError::Cut { reset: false });
+        }
+        if faults.reset.is_some_and(|after| after <= self.sent) {
+            return Err(BodyError::Cut { reset: true });
         }
         let mut want = self.ready.len() as u64;
         let marks = faults.stalls.iter().map(|(at, _)| *at);
-        for mark in marks.chain(faults.truncate) {
+        for mark in marks.chain(faults.truncate).chain(faults.reset) {
             if mark > self.sent {
                 want = want.min(mark - self.sent);
             }

@@ -3,15 +3,21 @@
 use std::{
     future::poll_fn,
     io::{self, IoSlice},
+    os::fd::{AsFd as _, OwnedFd},
     pin::Pin,
     sync::Arc,
     sync::atomic::{AtomicU64, Ordering},
     task::{Context, Poll},
+    time::Duration,
 };
 
 use futures_util::task::AtomicWaker;
 use parking_lot::Mutex;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use rustix::net::sockopt::set_socket_linger;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+};
 
 use crate::link::{Link, Window};
 
@@ -32,12 +38,14 @@ pub(crate) struct Connection {
     pub(crate) id: u64,
     pub(crate) port: Port,
     pub(crate) link: Option<(Arc<Link>, Arc<Mutex<Window>>)>,
+    /// The socket, to change what closing it means.
+    socket: Option<OwnedFd>,
     flushes: AtomicU64,
     flush_waiter: AtomicWaker,
 }
 
 impl Connection {
-    pub(crate) fn new(id: u64, port: Port, link: Option<Arc<Link>>) -> Self {
+    pub(crate) fn new(id: u64, port: Port, link: Option<Arc<Link>>, stream: &TcpStream) -> Self {
         Self {
             id,
             port,
@@ -45,8 +53,19 @@ impl Connection {
                 let window = Arc::new(Mutex::new(link.window()));
                 (link, window)
             }),
+            socket: stream.as_fd().try_clone_to_owned().ok(),
             flushes: AtomicU64::new(0),
             flush_waiter: AtomicWaker::new(),
+        }
+    }
+
+    /// The connection will end in a reset instead of an orderly end.
+    pub(crate) fn reset_on_close(&self) {
+        let Some(socket) = &self.socket else {
+            return;
+        };
+        if let Err(error) = set_socket_linger(socket, Some(Duration::ZERO)) {
+            tracing::warn!(%error, id = self.id, "cannot make the connection end in a reset");
         }
     }
 

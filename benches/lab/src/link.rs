@@ -92,9 +92,14 @@ impl LinkModel {
         Self::new(10_000_000_000, Duration::from_micros(200))
     }
 
-    /// About a millisecond of the rate: the unit in which streams take turns.
+    /// The unit in which streams take turns: what the line carries in an eighth of a round trip,
+    /// but at most in 1 ms, so that turns are short, and at least in 0.1 ms, so that they are few.
     fn quantum(&self) -> u64 {
-        (self.rate_bits_per_s / 8000).clamp(u64::from(self.mss.max(1)), 128 << 10)
+        let turn = (self.rtt / 8).clamp(Duration::from_micros(100), Duration::from_millis(1));
+        let bits = u128::from(self.rate_bits_per_s) * turn.as_micros() / 1_000_000;
+        u64::try_from(bits / 8)
+            .unwrap_or(u64::MAX)
+            .clamp(u64::from(self.mss.max(1)), 128 << 10)
     }
 }
 
@@ -250,7 +255,8 @@ pub(crate) struct Window {
     mss: u64,
     size: u64,
     in_flight: u64,
-    /// When what was sent is acknowledged, how much, and whether the window was in use then.
+    /// When what was sent is acknowledged, how much, and whether it was part of a flight that used
+    /// more than half of the window.
     flight: VecDeque<(Instant, u64, bool)>,
     idle_reset: Option<Duration>,
     last_ack: Option<Instant>,
@@ -277,15 +283,27 @@ impl Window {
         let room = self.size.saturating_sub(self.in_flight);
         match self.flight.front() {
             // Less than a segment is not worth a packet while more room is on its way.
-            Some(&(ack, ..)) if room < want.min(self.mss) => Err(ack),
+            Some(&(ack, ..)) if room < want.min(self.mss) => {
+                self.mark_used();
+                Err(ack)
+            }
             _ => Ok(want.min(room.max(1))),
         }
     }
 
     fn sent(&mut self, ack: Instant, bytes: u64) {
         self.in_flight += bytes;
-        let used = self.in_flight * 2 > self.size;
-        self.flight.push_back((ack, bytes, used));
+        self.flight.push_back((ack, bytes, false));
+        if self.in_flight * 2 > self.size {
+            self.mark_used();
+        }
+    }
+
+    /// What is in flight earns growth when it is acknowledged.
+    fn mark_used(&mut self) {
+        for (.., used) in self.flight.iter_mut().rev().take_while(|(.., used)| !*used) {
+            *used = true;
+        }
     }
 
     fn settle(&mut self, now: Instant) {

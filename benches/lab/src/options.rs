@@ -64,7 +64,7 @@ pub enum Tls {
     #[default]
     Off,
     /// A certificate of a private CA made at start; its PEM file is at
-    /// [`Server::ca_pem_path`](crate::Server::ca_pem_path).
+    /// [`Handle::ca_pem_path`](crate::Handle::ca_pem_path).
     PrivateCa,
     /// A self-signed certificate that nobody can trust.
     SelfSigned,

@@ -125,6 +125,13 @@ pub(crate) async fn handle(
             recording.answered(None, 0, effects.rules);
             return Err(Closed);
         }
+        Some(Instead::Status { status: 401, .. }) => {
+            let need = Need::of(ask.method, route.repo().map(RepoName::as_str));
+            let origin = shared.origin(ask.headers);
+            shared
+                .authority
+                .challenge(need, &origin, Some("invalid_token"))
+        }
         Some(Instead::Status {
             status,
             retry_after,
@@ -328,7 +335,6 @@ fn effects(shared: &Shared, ask: &Ask<'_>, route: &Route) -> Effects {
 fn scripted(status: u16, retry_after: Option<&str>) -> Reply {
     let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let code = match status.as_u16() {
-        401 => "UNAUTHORIZED",
         403 => "DENIED",
         404 => "BLOB_UNKNOWN",
         429 => "TOOMANYREQUESTS",

@@ -94,6 +94,11 @@ pub enum Action {
         /// Body bytes to send.
         after: u64,
     },
+    /// The same, but the connection ends in a reset.
+    Reset {
+        /// Body bytes to send.
+        after: u64,
+    },
     /// Answers a range request with status 200 and the whole blob.
     IgnoreRange,
     /// Moves both numbers of `Content-Range` while the bytes stay right.
@@ -402,6 +407,7 @@ pub(crate) enum Instead {
 pub(crate) struct BodyFaults {
     pub(crate) stalls: Vec<(u64, Arc<Gate>)>,
     pub(crate) truncate: Option<u64>,
+    pub(crate) reset: Option<u64>,
     pub(crate) flips: Vec<Range<u64>>,
     pub(crate) bytes_per_s: Option<u64>,
 }
@@ -428,6 +434,7 @@ impl Effects {
                 self.instead.get_or_insert(Instead::Close);
             }
             Action::Truncate { after } => least(&mut self.body.truncate, *after),
+            Action::Reset { after } => least(&mut self.body.reset, *after),
             Action::IgnoreRange => self.ignore_range = true,
             Action::ShiftContentRange { by } => self.shift = self.shift.saturating_add(*by),
             Action::Flip { at, len } => self.body.flips.push(*at..at.saturating_add(*len)),

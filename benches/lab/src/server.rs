@@ -387,7 +387,7 @@ async fn converse(
         link.sleep_until(accepted + link.model.rtt * trips).await;
     }
     let id = shared.connections.fetch_add(1, Ordering::Relaxed);
-    let connection = Arc::new(Connection::new(id, port, link));
+    let connection = Arc::new(Connection::new(id, port, link, &stream));
     match tls {
         None => speak(shared, connection, stream, stop).await,
         Some(acceptor) => match acceptor.accept(stream).await {

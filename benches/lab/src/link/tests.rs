@@ -81,6 +81,25 @@ fn the_window_stays_on_the_connection_unless_idle_reset_is_on() {
 }
 
 #[test]
+fn a_late_sender_grows_its_window_all_the_same() {
+    let model = LinkModel::wan();
+    let mut window = model_window(&model);
+    let mut now = Instant::now();
+    for round in 0..5 {
+        // All acknowledgements are there before anything else is sent.
+        now += model.rtt * 2;
+        assert_eq!(window.allow(now, 1), Ok(1));
+        assert_eq!(window.size, 14_600 << round);
+        let mut left = window.size;
+        while left > 0 {
+            let bytes = window.allow(now, left.min(4000)).unwrap();
+            window.sent(now + model.rtt, bytes);
+            left -= bytes;
+        }
+    }
+}
+
+#[test]
 fn an_unused_window_does_not_grow() {
     let model = LinkModel::wan();
     let mut window = model_window(&model);

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use http::Method;
-use lab::{Auth, Credentials, Lab};
+use lab::{Action, Auth, Credentials, Lab, Match, Rule};
 
 use crate::client::{Client, Fixture, get, request};
 
@@ -119,6 +119,21 @@ async fn tokens_expire_and_can_be_revoked() {
     let anonymous = token(lab, "repository:r:pull", &[]).await;
     let header = ("authorization", anonymous.as_str());
     assert_eq!(get(lab, &path, &[header]).await.status, 200);
+    let rule = lab.rules().add(Rule::new(
+        Match::blob(digest),
+        Action::Status {
+            status: 401,
+            retry_after: None,
+        },
+    ));
+    let scripted = get(lab, &path, &[header]).await;
+    assert_eq!(scripted.status, 401);
+    assert!(
+        scripted
+            .header("www-authenticate")
+            .starts_with("Bearer realm=")
+    );
+    lab.release(rule);
     lab.revoke_tokens();
     let refused = get(lab, &path, &[header]).await;
     assert_eq!(refused.status, 401);
