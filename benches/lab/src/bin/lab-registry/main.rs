@@ -3,7 +3,7 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use lab::{Auth, Credentials, LabOptions, LinkModel, Server, Tls};
 use serde_json::json;
@@ -33,7 +33,11 @@ Examples:
 
 /// An OCI registry with a link model, scripted faults and a request log.
 #[derive(Debug, Parser)]
-#[command(after_help = EXAMPLES, args_conflicts_with_subcommands = true)]
+#[command(
+    after_help = EXAMPLES,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true
+)]
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
@@ -51,7 +55,7 @@ enum Command {
 #[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
 struct Serve {
     /// Directory of the content; created where missing
-    #[arg(long)]
+    #[arg(long, required = true)]
     dir: Option<PathBuf>,
     /// Address to listen on; port 0 takes a free one
     #[arg(long, default_value = "127.0.0.1:0")]
@@ -136,9 +140,8 @@ async fn serve(options: LabOptions) -> anyhow::Result<()> {
 
 impl Serve {
     fn into_options(self) -> anyhow::Result<LabOptions> {
-        let Some(dir) = self.dir else {
-            bail!("--dir is needed; see --help for examples");
-        };
+        // The command line parser wants it unless there is a subcommand.
+        let dir = self.dir.context("--dir is needed")?;
         let credentials = self
             .user
             .as_deref()
