@@ -7,6 +7,7 @@ use formats::{
     erofs,
     gzip::{GzipError, Inflater, decode_member},
     limits::Limits,
+    oci::{Document, HostPlatform, ImageConfig, Index, Manifest, OciLayout},
     proof::{Prover, Verdict},
     stargz::{
         MAX_FOOTER_LEN, StargzLayer, StartList, decode_chunk, inflate_toc, parse_footer, parse_toc,
@@ -275,16 +276,52 @@ pub(super) fn proof(data: &[u8]) {
 
 /// An EROFS image.
 pub(super) fn erofs(data: &[u8]) {
-    let Ok(image) = erofs::Image::open(data) else {
+    let mut data = data.to_vec();
+    if let Some(features) = data.get_mut(1024 + 8) {
+        // Without the checksum, damage reaches what lies behind it.
+        *features &= !1;
+    }
+    let Ok(image) = erofs::Image::open(&data) else {
         return;
     };
-    let _ = (image.uuid(), image.inode_count(), image.device_len());
-    if let Ok(tree) = image.tree(&LIMITS) {
-        // Whatever was read can be walked.
-        for id in 0..tree.inodes().len() {
-            let id = InodeId(u32::try_from(id).expect("bounded by the limits"));
-            let _ = tree.directory(id);
-        }
-        let _ = tree.implied_directories();
+    let _ = (image.uuid(), image.inode_count());
+    let Ok(tree) = image.tree(&LIMITS) else {
+        return;
+    };
+    // Whatever was read can be walked, and either written again or refused.
+    for id in 0..tree.inodes().len() {
+        let id = InodeId(u32::try_from(id).expect("bounded by the limits"));
+        let _ = tree.directory(id);
     }
+    let _ = tree.implied_directories();
+    let device_len = image.device_len().unwrap_or(0).max(1 << 40);
+    if let Ok(again) = erofs::write(&tree, device_len) {
+        let again = erofs::Image::open(&again).expect("what we write opens");
+        let read = again.tree(&LIMITS).expect("what we write is read");
+        assert_eq!(read.inodes().len(), tree.inodes().len());
+    }
+}
+
+/// An image document: what was read is written and read again.
+pub(super) fn oci(data: &[u8]) {
+    match Document::parse(data, None) {
+        Ok(Document::Manifest(manifest)) => {
+            let again = Manifest::parse(&manifest.to_json(), None).expect("what we write is read");
+            assert_eq!(again, manifest);
+            for layer in &manifest.layers {
+                let _ = (layer.layer_type(), layer.toc_digest());
+            }
+        }
+        Ok(Document::Index(index)) => {
+            let again = Index::parse(&index.to_json(), None).expect("what we write is read");
+            assert_eq!(again, index);
+            let _ = index.choose(&HostPlatform::current());
+        }
+        Err(_) => {}
+    }
+    if let Ok(config) = ImageConfig::parse(data) {
+        let again = ImageConfig::parse(&config.to_json()).expect("what we write is read");
+        assert_eq!(again, config);
+    }
+    let _ = OciLayout::parse(data);
 }

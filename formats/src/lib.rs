@@ -7,7 +7,7 @@
 //! Entry points: [`tree::LayerTree`] (the one in-memory tree) and [`tree::Builder`] (what the
 //! entries of a layer make of it), [`blobmap::BlobMap`] (where decoded bytes come from),
 //! [`tar::Parser`] and [`gzip::Inflater`] (streaming parsers), [`stargz`] (eStargz layers),
-//! [`proof::Prover`] (is a served layer the one it claims to be), [`erofs`] (metadata images).
+//! [`proof::Prover`] (is a served layer the one it claims to be), [`erofs`] (metadata images), [`oci`] (image documents).
 #![forbid(unsafe_code)]
 
 pub mod blobmap;

@@ -11,7 +11,7 @@ mod bodies;
 /// A target's name and what it does.
 type Target = (&'static str, fn(&[u8]));
 
-const TARGETS: [Target; 7] = [
+const TARGETS: [Target; 8] = [
     ("tar", bodies::tar),
     ("footer", bodies::footer),
     ("toc", bodies::toc),
@@ -19,6 +19,7 @@ const TARGETS: [Target; 7] = [
     ("chunk", bodies::chunk),
     ("proof", bodies::proof),
     ("erofs", bodies::erofs),
+    ("oci", bodies::oci),
 ];
 
 fn seeds(target: &str) -> Vec<Vec<u8>> {

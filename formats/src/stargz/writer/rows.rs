@@ -295,7 +295,7 @@ mod tests {
             let read = parse_rfc3339(&text).unwrap();
             assert_eq!((read.seconds, read.nanos), (seconds, 0), "{text}");
         }
-        for day in -800_000..2_900_000_i64 {
+        for day in (-800_000..2_900_000_i64).step_by(7) {
             let seconds = day * 86400 + 86399;
             if let Some(text) = rfc3339(seconds) {
                 assert_eq!(parse_rfc3339(&text).unwrap().seconds, seconds, "{text}");
