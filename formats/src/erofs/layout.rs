@@ -31,7 +31,7 @@ pub(super) mod compat {
     pub(crate) const CHECKSUM: u32 = 0x1;
     /// Extended inodes hold modification times.
     pub(crate) const MTIME: u32 = 0x2;
-    /// Xattr name prefixes lie in plain blocks instead of a packed inode.
+    /// Shared xattrs lie in the metadata box instead of blocks of their own.
     pub(crate) const SHARED_XATTRS_IN_METABOX: u32 = 0x8;
 }
 
