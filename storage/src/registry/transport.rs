@@ -40,7 +40,7 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 const MAX_IDLE_PER_HOST: usize = 32;
 /// Upper bound of one read from a connection. The buffer starts small and grows while reads fill
 /// it, so that a large body comes in few, large pieces and an idle connection stays cheap.
-const MAX_READ_BYTES: usize = 512 << 10;
+const MAX_READ_BYTES: usize = 256 << 10;
 const MAX_HEADERS: usize = 128;
 
 /// Sends requests and hands back replies.
