@@ -5,6 +5,7 @@ mod auth;
 mod certs;
 mod faults;
 mod hosts;
+mod lab_registry;
 mod manifests;
 mod proxies;
 mod push;
