@@ -12,9 +12,11 @@ use crate::units::DecodedOffset;
 
 pub mod builder;
 mod path;
+mod reason;
 
-pub use builder::{Applied, BuildError, Builder, Entry, EntryKind, NotLazyReason};
+pub use builder::{Applied, Builder, Entry, EntryKind};
 pub use path::TreePath;
+pub use reason::{BuildError, NotLazyReason};
 
 /// Index of an inode in its [`LayerTree`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -21,10 +21,16 @@ use std::collections::btree_map;
 use crate::{
     limits::Limits,
     tree::{
-        Attrs, Directory, Extent, Inode, InodeId, Kind, LayerTree, Mtime, Rdev, Regular, TreePath,
-        Xattrs,
+        Attrs, BuildError, Directory, Extent, Inode, InodeId, Kind, LayerTree, NotLazyReason, Rdev,
+        Regular, TreePath, Xattrs,
         path::{clean_into, split_last},
     },
+};
+
+mod rules;
+
+use rules::{
+    bounded, checked_rdev, count_name, is_exact_text, name_error, not_a_directory, xattr_bytes,
 };
 
 /// Longest name of a directory entry.
@@ -79,136 +85,6 @@ pub enum Applied {
     Whiteout,
     /// It is the root entry or metadata of aufs.
     Ignored,
-}
-
-/// Why a layer cannot be served from its index alone and needs an ordinary unpack. No fault of the
-/// image: an index of this kind cannot represent the layer, or does not bind its bytes.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum NotLazyReason {
-    /// A name, link target or xattr name that an index cannot hold byte for byte.
-    #[error("{path}: {field} is not UTF-8 or holds U+FFFD, which an index writes for what is not")]
-    NotText {
-        /// The entry.
-        path: TreePath,
-        /// Which of its strings.
-        field: &'static str,
-    },
-    /// Two entries of one name that are not both directories.
-    #[error("{path}: the layer has more than one entry of this name")]
-    Duplicate {
-        /// The name.
-        path: TreePath,
-    },
-    /// A hard link to something that is not an earlier non-directory of the layer.
-    #[error("{path}: hard link to {target}, which is no earlier file of the layer")]
-    HardLinkTarget {
-        /// The link.
-        path: TreePath,
-        /// What it names.
-        target: TreePath,
-    },
-    /// A path that leads through something that is not a directory.
-    #[error("{path}: a parent is not a directory")]
-    ParentNotDirectory {
-        /// The entry.
-        path: TreePath,
-    },
-    /// A name that no file can have, or one that whiteouts reserve.
-    #[error("{path}: {why}")]
-    Name {
-        /// The entry.
-        path: TreePath,
-        /// What is wrong with it.
-        why: &'static str,
-    },
-    /// An xattr that overlayfs would take for its own.
-    #[error("{path}: carries the overlayfs xattr {key}")]
-    OverlayXattr {
-        /// The entry.
-        path: TreePath,
-        /// The xattr.
-        key: String,
-    },
-    /// A device number the kernel has no room for.
-    #[error("{path}: device number {major}:{minor} does not exist")]
-    DeviceNumber {
-        /// The entry.
-        path: TreePath,
-        /// Its major number.
-        major: u32,
-        /// Its minor number.
-        minor: u32,
-    },
-    /// An entry type that this version does not know.
-    #[error("{path}: unknown entry type {kind:?}")]
-    UnknownType {
-        /// The entry.
-        path: TreePath,
-        /// The type as the stream or index spells it.
-        kind: String,
-    },
-    /// A sparse file of a tar archive.
-    #[error("{path}: sparse file")]
-    Sparse {
-        /// The entry.
-        path: TreePath,
-    },
-    /// No digest speaks for these bytes.
-    #[error("{path}: the index has no digest for the chunk at {file_offset}")]
-    NoChunkDigest {
-        /// The file.
-        path: TreePath,
-        /// Where in the file.
-        file_offset: u64,
-    },
-    /// A digest of another algorithm than SHA-256.
-    #[error("{path}: the index has an unsupported digest for the chunk at {file_offset}")]
-    UnsupportedDigest {
-        /// The file.
-        path: TreePath,
-        /// Where in the file.
-        file_offset: u64,
-    },
-    /// A chunk larger than this node verifies in memory.
-    #[error("{path}: the chunk at {file_offset} has {len} bytes, the limit is {limit}")]
-    ChunkTooLarge {
-        /// The file.
-        path: TreePath,
-        /// Where in the file.
-        file_offset: u64,
-        /// Its decoded length, or the decoded length of its member up to its end.
-        len: u64,
-        /// The limit.
-        limit: u64,
-    },
-    /// A stargz layer of the first generation, whose index carries no trust.
-    #[error("legacy stargz: its index has no digests that a manifest binds")]
-    LegacyFormat,
-    /// The index is in another image, which this version does not read.
-    #[error("the index is stored outside the layer")]
-    ExternalToc,
-}
-
-/// Why an entry was not applied.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum BuildError {
-    /// The layer cannot be represented by an index (and for some reasons not at all).
-    #[error(transparent)]
-    NotLazy(#[from] NotLazyReason),
-    /// A limit was passed.
-    #[error("{path}: {what} {actual} passes the limit of {limit}")]
-    Limit {
-        /// The entry.
-        path: TreePath,
-        /// What was counted.
-        what: &'static str,
-        /// Its value.
-        actual: u64,
-        /// The bound.
-        limit: u64,
-    },
 }
 
 /// Applies entries in stream order. See the module's documentation for the rules.
@@ -637,68 +513,6 @@ impl Builder {
     }
 }
 
-fn count_name(path: &[u8], names: &mut u32, limits: &Limits) -> Result<(), BuildError> {
-    if *names >= limits.max_entries {
-        return Err(BuildError::Limit {
-            path: TreePath::new(path),
-            what: "number of names",
-            actual: u64::from(*names) + 1,
-            limit: u64::from(limits.max_entries),
-        });
-    }
-    *names += 1;
-    Ok(())
-}
-
-/// Whether an index that holds only Unicode text gives `bytes` back unchanged, and says so: U+FFFD
-/// may stand for itself or for a byte that was no text.
-fn is_exact_text(bytes: &[u8]) -> bool {
-    bytes.is_ascii()
-        || core::str::from_utf8(bytes).is_ok_and(|text| !text.contains(char::REPLACEMENT_CHARACTER))
-}
-
-/// What `chtimes` of an ordinary unpack leaves: nothing outside `[1970, 2^63 ns]`.
-fn bounded(mtime: Mtime) -> Mtime {
-    const LAST: Mtime = Mtime {
-        seconds: i64::MAX / 1_000_000_000,
-        nanos: 854_775_807,
-    };
-    if mtime.seconds < 0 || mtime > LAST {
-        return Mtime::default();
-    }
-    mtime
-}
-
-fn checked_rdev(path: &[u8], rdev: Rdev) -> Result<Rdev, BuildError> {
-    if rdev.major < 1 << 12 && rdev.minor < 1 << 20 {
-        return Ok(rdev);
-    }
-    Err(NotLazyReason::DeviceNumber {
-        path: TreePath::new(path),
-        major: rdev.major,
-        minor: rdev.minor,
-    }
-    .into())
-}
-
-fn xattr_bytes(path: &[u8], xattrs: &Xattrs, limits: &Limits) -> Result<(), BuildError> {
-    let bytes: usize = xattrs
-        .iter()
-        .map(|(key, value)| key.len() + value.len())
-        .sum();
-    let actual = bytes as u64;
-    let limit = u64::from(limits.max_xattr_bytes);
-    if actual <= limit {
-        return Ok(());
-    }
-    Err(BuildError::Limit {
-        path: TreePath::new(path),
-        what: "bytes of xattrs",
-        actual,
-        limit,
-    })
-}
-
 fn lookup(inodes: &[Inode], cleaned: &[u8]) -> Option<InodeId> {
     cleaned
         .split(|byte| *byte == b'/')
@@ -707,21 +521,6 @@ fn lookup(inodes: &[Inode], cleaned: &[u8]) -> Option<InodeId> {
             Kind::Directory(directory) => directory.entries.get(name).copied(),
             _ => None,
         })
-}
-
-fn name_error(path: &[u8], why: &'static str) -> BuildError {
-    NotLazyReason::Name {
-        path: TreePath::new(path),
-        why,
-    }
-    .into()
-}
-
-fn not_a_directory(path: &[u8]) -> BuildError {
-    NotLazyReason::ParentNotDirectory {
-        path: TreePath::new(path),
-    }
-    .into()
 }
 
 fn id_of(index: usize) -> InodeId {

@@ -4,7 +4,7 @@ use flate2::{Compression, write::GzEncoder};
 use serde_json::{Value, json};
 
 use super::*;
-use crate::tree::{Kind, NotLazyReason as R};
+use crate::tree::{InodeId, Kind, Mtime, NotLazyReason as R, Rdev};
 
 const TOC_OFFSET: RemoteOffset = RemoteOffset(10_000);
 

@@ -1,4 +1,5 @@
 use super::*;
+use crate::tree::Mtime;
 
 fn entry<'a>(path: &'a str, kind: EntryKind<'a>) -> Entry<'a> {
     Entry {
