@@ -16,6 +16,7 @@ use super::{
     codec::CorruptError,
     layer::LayerBlob,
     pool::{Scratch, Urgency},
+    wire::Ended,
 };
 use crate::{
     ranges::FetchError,
@@ -165,21 +166,17 @@ impl LayerBlob {
         self.queue(ready);
     }
 
-    /// A fetch is over. Groups that still lack bytes which nothing else brings are asked for once
-    /// more in their own name, then failed.
-    pub(crate) fn on_ended(
-        &self,
-        range: &Range<u64>,
-        cause: Cause,
-        result: Result<(), FetchError>,
-    ) {
+    /// A fetch is over. Groups that still lack bytes which nothing else brings are asked for again;
+    /// a group fails with the first fetch that was made for readers while it waited, or with the
+    /// second one of any kind.
+    pub(crate) fn on_ended(&self, fetch: &Ended, result: Result<(), FetchError>) {
         let mut ready = Vec::new();
         let mut again = Vec::new();
         let mut failed = Vec::new();
         {
             let mut tasks = self.tasks.lock();
-            let own_attempt = matches!(cause, Cause::Demand | Cause::Metadata) && result.is_err();
-            self.for_groups(range, |group| {
+            let for_readers = matches!(fetch.cause, Cause::Demand | Cause::Metadata);
+            self.for_groups(&fetch.range, |group| {
                 let Some(task) = tasks.get_mut(&group) else {
                     return;
                 };
@@ -191,11 +188,14 @@ impl LayerBlob {
                     task.stage = Stage::Queued;
                     ready.push((group, task.urgency));
                 } else if self.wire.covered(remote.clone()) {
-                } else if !task.retried && !own_attempt {
+                    // Other fetches bring the rest.
+                } else if result.is_ok() {
+                    again.push(remote);
+                } else if task.retried || for_readers && fetch.begun >= task.since {
+                    failed.extend(tasks.remove(&group).map(|task| (group, task)));
+                } else {
                     task.retried = true;
                     again.push(remote);
-                } else if let Some(task) = tasks.remove(&group) {
-                    failed.push((group, task));
                 }
             });
         }
@@ -203,20 +203,13 @@ impl LayerBlob {
         if !again.is_empty() {
             self.fetch(&again, Cause::Demand);
         }
-        if failed.is_empty() {
-            return;
-        }
-        let why = result.map_or_else(
-            |error| error.report(),
-            |()| "the fetch ended early".to_owned(),
-        );
-        for (group, task) in failed {
-            let remote = self.group_remote(group);
-            self.fail(
-                group,
-                task.waiters,
-                &format!("cannot fetch bytes {}..{}: {why}", remote.start, remote.end),
-            );
+        if let Err(error) = result {
+            let why = error.report();
+            for (group, task) in failed {
+                let remote = self.group_remote(group);
+                let what = format!("cannot fetch bytes {}..{}: {why}", remote.start, remote.end);
+                self.fail(group, task.waiters, &what);
+            }
         }
     }
 

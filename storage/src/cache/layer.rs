@@ -27,7 +27,7 @@ use super::{
     readahead::Readahead,
     store::Store,
     touched::Touched,
-    wire::{Listener, Wire},
+    wire::{Ended, Listener, Wire},
 };
 use crate::{
     hydrate::Slot,
@@ -178,7 +178,7 @@ impl LayerBlob {
             store,
             pages,
             tasks: Mutex::default(),
-            touched: Touched::new(chunks),
+            touched: Touched::new(&map),
             readahead: Readahead::default(),
             hints: Mutex::default(),
             payload_bytes: payload,
@@ -363,10 +363,7 @@ impl LayerBlob {
             return Ok(ReadNow::Pending);
         }
         self.store.read(&mut buf[..index(end - offset)], offset)?;
-        for number in self.map.overlapping(range.clone()) {
-            // Chunk numbers fit: BlobMap::new checked it.
-            self.touched.note(u32::try_from(number).unwrap_or(u32::MAX));
-        }
+        self.touched.note(&self.map, &range);
         if self.options.readahead
             && let Some(stream) = self.readahead.passed(range.start, range.end)
         {
@@ -440,8 +437,8 @@ impl Listener for LayerBlob {
         self.on_arrived(&range, cause);
     }
 
-    fn ended(&self, range: Range<u64>, cause: Cause, result: Result<(), FetchError>) {
-        self.on_ended(&range, cause, result);
+    fn ended(&self, fetch: Ended, result: Result<(), FetchError>) {
+        self.on_ended(&fetch, result);
     }
 }
 

@@ -15,6 +15,7 @@ use std::{
         Arc, OnceLock, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    time::Instant,
 };
 
 use formats::digest::Digest;
@@ -57,8 +58,16 @@ pub struct WireOptions {
 pub(crate) trait Listener: Send + Sync {
     /// `range` has become present.
     fn arrived(&self, range: Range<u64>, cause: Cause);
-    /// A fetch ended. What of `range` is neither present nor in flight now will not come.
-    fn ended(&self, range: Range<u64>, cause: Cause, result: Result<(), FetchError>);
+    /// A fetch ended. What of its range is neither present nor in flight now will not come.
+    fn ended(&self, fetch: Ended, result: Result<(), FetchError>);
+}
+
+/// A fetch that is over.
+#[derive(Clone, Debug)]
+pub(crate) struct Ended {
+    pub(crate) range: Range<u64>,
+    pub(crate) cause: Cause,
+    pub(crate) begun: Instant,
 }
 
 /// Compressed bytes of one blob.

@@ -22,7 +22,7 @@ async fn a_flipped_bit_is_fetched_again_and_never_seen() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn wrong_twice_is_an_error_that_names_everything_and_the_next_read_tries_again() {
-    let layer = Layer::new(&[90_000, 50_000], 100_000, 1);
+    let layer = Layer::new(&[90_000], 100_000, 1);
     let source = layer.source();
     source.script([Act::Flip(40_000), Act::Garbage]);
     let dir = tempfile::tempdir().unwrap();

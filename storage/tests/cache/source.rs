@@ -178,6 +178,8 @@ impl RangeSource for Handle {
                     .await
                     .ok()?;
                 turn.fetch_add(1, Ordering::SeqCst);
+                // As a network does: the receiver gets to work between pieces.
+                tokio::task::yield_now().await;
                 if let Ok(piece) = &piece {
                     meter.add_bytes(piece.len() as u64);
                     source

@@ -7,13 +7,14 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    time::Instant,
 };
 
 use bytes::Bytes;
 use futures_util::FutureExt as _;
 use tokio::sync::oneshot;
 
-use super::{Flights, Landing, Wait, Wire};
+use super::{Ended, Flights, Landing, Wait, Wire};
 use crate::{
     cache::scheduler::Ticket,
     ranges::{FetchError, FetchFailure, RangeBody},
@@ -30,6 +31,7 @@ const FRUITLESS_MAX: u32 = 2;
 pub(super) struct Flight {
     id: u64,
     cause: Cause,
+    begun: Instant,
     start: u64,
     end: u64,
     /// First byte that has not arrived.
@@ -62,6 +64,7 @@ impl Flights {
         let flight = Flight {
             id: self.next_id,
             cause,
+            begun: Instant::now(),
             start: range.start,
             end: range.end,
             at: range.start,
@@ -83,6 +86,8 @@ struct Progress {
     /// First byte not received.
     at: u64,
     end: u64,
+    /// Bytes and requests of the current body that were counted.
+    counted: (u64, u64),
 }
 
 impl Wire {
@@ -120,6 +125,7 @@ impl Wire {
             whole_from: flight.start,
             at: flight.start,
             end: flight.end,
+            counted: (0, 0),
         };
         let mut fruitless = 0;
         while progress.at < progress.end && !flight.superseded.load(Ordering::Acquire) {
@@ -132,11 +138,11 @@ impl Wire {
                 }
             };
             let before = progress.at;
+            progress.counted = (0, 0);
+            self.count(flight, &body, &mut progress);
             self.extend(flight, &body, &mut progress)?;
             let result = self.drain(flight, &mut body, &mut progress, &ticket).await;
-            let meter = body.meter();
-            self.counters
-                .add_traffic(flight.cause, meter.wire_bytes(), meter.requests());
+            self.count(flight, &body, &mut progress);
             match result {
                 Ok(()) => {}
                 Err(error) if error.failure() == FetchFailure::Local => return Err(error),
@@ -154,6 +160,15 @@ impl Wire {
             }
         }
         Ok(())
+    }
+
+    /// Counts what the body has cost since the last time.
+    fn count(&self, flight: &Flight, body: &RangeBody, progress: &mut Progress) {
+        let now = (body.meter().wire_bytes(), body.meter().requests());
+        let (bytes, requests) = progress.counted;
+        self.counters
+            .add_traffic(flight.cause, now.0 - bytes, now.1 - requests);
+        progress.counted = now;
     }
 
     /// A source may deliver more than was asked for, the whole blob even: all of it is kept.
@@ -218,6 +233,7 @@ impl Wire {
                 }
             }
             ticket.arrived(size as u64);
+            self.count(flight, body, progress);
             self.store_batch(flight, progress, parts, size as u64)
                 .await?;
             if let Some(error) = failed {
@@ -305,7 +321,12 @@ impl Wire {
             self.counters.failed_fetches.fetch_add(1, Ordering::Relaxed);
         }
         if let Some(listener) = self.listener.get().and_then(std::sync::Weak::upgrade) {
-            listener.ended(range, flight.cause, result.clone());
+            let ended = Ended {
+                range,
+                cause: flight.cause,
+                begun: flight.begun,
+            };
+            listener.ended(ended, result.clone());
         }
     }
 }
