@@ -166,6 +166,15 @@ impl Drivers {
         })
     }
 
+    /// One driver for all plugin names of its kind, for tests of what stands above drivers.
+    #[cfg(test)]
+    pub(crate) fn only(config: Arc<Config>, kind: DriverKind, driver: Arc<dyn Driver>) -> Self {
+        Self {
+            config,
+            by_kind: BTreeMap::from([(kind, driver)]),
+        }
+    }
+
     /// The driver behind a plugin name.
     pub fn of(&self, snapshotter: &str) -> Result<&Arc<dyn Driver>, DriverError> {
         self.config

@@ -396,3 +396,6 @@ impl Drop for Counted {
         self.0.add(-1);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -10,9 +10,10 @@
 //! `fdatasync`, not sixty. Drivers add tables of their own and join the same transaction with
 //! [`Writer::transaction`] and [`Reader::transaction`].
 //!
-//! Crash rule: what was answered is durable, except removals, which may come back after a power
-//! cut (containerd lists and prunes again); [`Store::flush`] makes those durable before anything
-//! on disk is deleted on their account. The database takes no file lock, see [`crate::lock`].
+//! Crash rule: what was answered is durable, except removals, which may come back after a kill or a
+//! power cut (containerd lists and prunes again); [`Store::flush`] makes those durable before
+//! anything on disk is deleted on their account. The database takes no file lock, see
+//! [`crate::lock`]. The reasons are in `docs/adr/0010-one-store-one-writer-no-file-lock.md`.
 
 mod backend;
 mod committer;
@@ -56,7 +57,7 @@ pub const SNAPSHOT_REF: &str = "containerd.io/snapshot.ref";
 /// When a write has to be on disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Durability {
-    /// Within a second, or with the next durable write: for what a crash may bring back.
+    /// Within a second, or with the next durable write: for what a kill may undo.
     Soon,
     /// Before the answer.
     Now,

@@ -109,3 +109,38 @@ fn every_key_is_documented_with_its_default() -> Result<(), Box<dyn std::error::
     );
     Ok(())
 }
+
+/// The snippets under deploy/ name what the defaults are.
+#[test]
+fn containerd_snippets_agree_with_the_defaults() -> Result<(), Box<dyn std::error::Error>> {
+    let config = parse("")?;
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/containerd");
+    for (file, version) in [("1.6.toml", 2), ("2.3.toml", 3), ("2.4.toml", 3)] {
+        let snippet: toml::Table = toml::from_str(&fs::read_to_string(directory.join(file))?)?;
+        assert_eq!(snippet["version"].as_integer(), Some(version), "{file}");
+        let plugin = &snippet["proxy_plugins"]["snapshotterd"];
+        assert_eq!(plugin["type"].as_str(), Some("snapshot"), "{file}");
+        assert_eq!(
+            plugin["address"].as_str(),
+            config.address.to_str(),
+            "{file}"
+        );
+        let images = if version == 2 {
+            &snippet["plugins"]["io.containerd.grpc.v1.cri"]["containerd"]
+        } else {
+            let exports = &plugin["exports"];
+            assert_eq!(exports["root"].as_str(), config.root.to_str(), "{file}");
+            let annotations = exports["enable_remote_snapshot_annotations"].as_str();
+            assert_eq!(annotations, Some("true"), "{file}");
+            &snippet["plugins"]["io.containerd.cri.v1.images"]
+        };
+        assert_eq!(
+            images["snapshotter"].as_str(),
+            Some("snapshotterd"),
+            "{file}"
+        );
+        let hidden = images["disable_snapshot_annotations"].as_bool();
+        assert_eq!(hidden, Some(false), "{file}");
+    }
+    Ok(())
+}
