@@ -333,13 +333,13 @@ fn configuration_commands() {
     };
     let file = work.path().join("c.toml");
     let path = file.display().to_string();
-    std::fs::write(&file, "rpc_timeout = \"3s\"\n[log]\nformat = \"json\"\n").expect("a file");
+    std::fs::write(&file, "rpc_timeout = \"12s\"\n[log]\nformat = \"json\"\n").expect("a file");
     let checked = run(&["config", "check", "--config", &path]);
     assert!(checked.status.success(), "{checked:?}");
     let dumped = run(&["config", "dump", "--config", &path, "--root", "/elsewhere"]);
     let text = String::from_utf8_lossy(&dumped.stdout);
     assert!(
-        text.contains("rpc_timeout = \"3s\"") && text.contains("root = \"/elsewhere\""),
+        text.contains("rpc_timeout = \"12s\"") && text.contains("root = \"/elsewhere\""),
         "{text}"
     );
     std::fs::write(&file, "[log]\nformt = \"json\"\n").expect("a file");

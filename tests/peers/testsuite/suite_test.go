@@ -33,7 +33,8 @@ func TestSnapshotter(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer connection.Close()
+	// The cases run in parallel, after this function has returned.
+	t.Cleanup(func() { connection.Close() })
 	client := snapshotsapi.NewSnapshotsClient(connection)
 	// The suite's name decides whether directories of a lower layer are renamed: not on overlayfs.
 	testsuite.SnapshotterSuite(t, "overlayfs",
