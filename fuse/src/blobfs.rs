@@ -156,6 +156,8 @@ pub struct Stats {
     pub waiting: u64,
     /// Requests taken over from a former daemon.
     pub replayed: u64,
+    /// Nodes with an open handle.
+    pub nodes_in_use: u64,
 }
 
 /// What this BlobFs came from and what it had to do without.
@@ -222,6 +224,18 @@ impl BlobFs {
             .is_some_and(|server| !server.session().has_ended())
     }
 
+    /// Fails (EIO) every request that waits for this node, and says how many there were.
+    ///
+    /// For the moment before a layer is unmounted: a killed reader leaves its request behind, and
+    /// the kernel tears an EROFS superblock down only when that is answered, in a sleep that
+    /// nothing ends. Requests that come later wait again.
+    pub fn abandon(&self, node: u64) -> usize {
+        self.sessions
+            .iter()
+            .map(|server| server.abandon(node))
+            .sum()
+    }
+
     /// Counters.
     pub fn stats(&self) -> Stats {
         let waiting: usize = self.sessions.iter().map(|server| server.waiting()).sum();
@@ -231,7 +245,16 @@ impl BlobFs {
             errors: self.counters.errors.load(Ordering::Relaxed),
             waiting: waiting as u64,
             replayed: self.counters.replayed.load(Ordering::Relaxed),
+            nodes_in_use: self
+                .sessions
+                .last()
+                .map_or(0, |server| server.nodes_in_use() as u64),
         }
+    }
+
+    /// How many sessions the holder keeps.
+    pub fn held_sessions(&self) -> Result<usize, HolderError> {
+        Ok(self.holder.sessions()?.len())
     }
 
     /// Lets the holder keep a descriptor for the next daemon (a lock, a listening socket).

@@ -212,3 +212,6 @@ pub(crate) fn scratch() -> OwnedFd {
     format(fd.as_fd()).unwrap();
     fd
 }
+
+#[cfg(test)]
+mod model;

@@ -109,6 +109,26 @@ impl Server {
         self.waiting.lock().len()
     }
 
+    /// Fails what waits for a node.
+    pub(super) fn abandon(&self, node: u64) -> usize {
+        let uniques: Vec<u64> = self
+            .waiting
+            .lock()
+            .iter()
+            .filter(|(_, ticket)| number(ticket.request().node) == Some(node))
+            .map(|(unique, _)| *unique)
+            .collect();
+        let tickets = uniques.into_iter().filter_map(|unique| self.take(unique));
+        tickets
+            .map(|ticket| self.fail(ticket, Errno::IO.raw_os_error()))
+            .count()
+    }
+
+    /// Nodes in use, by all sessions.
+    pub(super) fn nodes_in_use(&self) -> usize {
+        self.nodes.numbers().len()
+    }
+
     fn read(&self, ticket: Ticket) {
         let request = *ticket.request();
         let Some(number) = number(request.node) else {

@@ -9,6 +9,7 @@
 mod pattern;
 mod reader;
 mod script;
+mod sys;
 
 use std::{error::Error, io::BufRead, path::PathBuf, process::ExitCode, time::Duration};
 
@@ -76,8 +77,8 @@ impl Args {
     }
 }
 
-/// A daemon: says `ready {...}` once it serves, then obeys lines on stdin: `stats`, `stop`
-/// (mounts stay), `unmount`. The end of stdin means nothing, so that it can be killed at any time.
+/// A daemon: says `ready {...}` once it serves, then obeys lines on stdin: `stats`, `holds`,
+/// `settle`, `mount IMAGE NODE TARGET`, `abandon NODE`, `stop` (mounts stay), `unmount`. The end of stdin means nothing, so that it can be killed at any time.
 fn serve(args: &Args) -> Outcome {
     let exe = std::env::current_exe()?;
     let state = args.path("--state")?;
@@ -120,11 +121,17 @@ fn serve(args: &Args) -> Outcome {
                         "read_bytes": stats.read_bytes,
                         "errors": stats.errors,
                         "waiting": stats.waiting,
+                        "used": stats.nodes_in_use,
                         "opened": script.opened(),
                         "closed": script.closed(),
                         "alive": blobfs.is_alive(),
                     })
                 );
+            }
+            "holds" => {
+                // An error is a holder that is being replaced.
+                let sessions = blobfs.held_sessions().ok();
+                println!("holds {}", json!({ "sessions": sessions }));
             }
             "settle" => {
                 let left = runtime.block_on(helper.settle(Duration::from_secs(5)));
@@ -136,7 +143,28 @@ fn serve(args: &Args) -> Outcome {
                 println!("stopped {{}}");
                 return Ok(());
             }
-            _ => {}
+            line => {
+                if let Some(node) = line.strip_prefix("abandon ") {
+                    let count = blobfs.abandon(node.parse()?);
+                    println!("abandoned {}", json!({ "count": count }));
+                }
+                if let ["mount", image, node, target] = line.split(' ').collect::<Vec<_>>()[..] {
+                    let mount = mounts::ErofsMount {
+                        metadata: image.into(),
+                        devices: vec![blobfs.path(node.parse()?)],
+                        target: target.into(),
+                        direct_io: false,
+                    };
+                    let helper = helper.clone();
+                    runtime.spawn(async move {
+                        let done = helper.mount_erofs(&mount, Duration::from_secs(20)).await;
+                        println!(
+                            "mounted {}",
+                            json!({ "error": done.err().map(|e| e.to_string()) })
+                        );
+                    });
+                }
+            }
         }
     }
     loop {

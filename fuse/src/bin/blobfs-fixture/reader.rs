@@ -17,12 +17,13 @@ use parking_lot::Mutex;
 use rustix::process::{Signal, getpid, kill_process};
 use serde_json::json;
 
-use crate::{Args, Outcome, pattern};
+use crate::{Args, Outcome, pattern, sys};
 
 /// Options: `--path`, `--node` (whose pattern is expected; none for no check), `--base` (where the
 /// file lies in its node), `--offset`, `--len`, `--block`, `--random` (number of blocks),
-/// `--seconds` (repeat until then), `--threads`, `--signal-us` (a SIGURG every so often, with a
-/// handler, as Go's runtime does it), `--announce` (a file made before the first read).
+/// `--until` (repeat until that file exists), `--threads`, `--stride` (each thread reads one block,
+/// that far from the one before), `--mmap 1` (by page faults), `--signal-us` (a SIGURG every so
+/// often, with a handler, as Go's runtime does it).
 pub(crate) fn run(args: &Args) -> Outcome {
     let job = Arc::new(Job {
         path: args.path("--path")?,
@@ -32,7 +33,9 @@ pub(crate) fn run(args: &Args) -> Outcome {
         len: args.number("--len", u64::MAX)?,
         block: usize::try_from(args.number("--block", 128 << 10)?)?,
         random: args.number("--random", 0)?,
-        until: Instant::now() + Duration::from_secs(args.number("--seconds", 0)?),
+        stride: args.number("--stride", 0)?,
+        mapped: args.number("--mmap", 0)? == 1,
+        until: args.text("--until").map(PathBuf::from),
         seen: Seen::default(),
     });
     let signal_us = args.number("--signal-us", 0)?;
@@ -40,9 +43,6 @@ pub(crate) fn run(args: &Args) -> Outcome {
     let _handler = (signal_us > 0)
         .then(|| signal_storm(signal_us))
         .transpose()?;
-    if let Some(path) = args.text("--announce") {
-        std::fs::write(path, b"")?;
-    }
     let started = Instant::now();
     let threads: Vec<_> = (1..args.number("--threads", 1)?)
         .map(|seed| {
@@ -79,7 +79,9 @@ struct Job {
     len: u64,
     block: usize,
     random: u64,
-    until: Instant,
+    stride: u64,
+    mapped: bool,
+    until: Option<PathBuf>,
     seen: Seen,
 }
 
@@ -107,7 +109,11 @@ impl Job {
         loop {
             let outcome = File::open(&self.path).and_then(|file| {
                 drop_cache(&file);
-                if self.random > 0 {
+                if self.mapped {
+                    self.by_faults(&file)
+                } else if self.stride > 0 {
+                    self.read(&file, &mut buffer, seed * self.stride).map(drop)
+                } else if self.random > 0 {
                     self.random_blocks(&file, &mut buffer, seed)
                 } else {
                     self.in_order(&file, &mut buffer)
@@ -117,7 +123,7 @@ impl Job {
                 self.seen.errors.lock().push(format!("{e}"));
                 return;
             }
-            if Instant::now() >= self.until {
+            if self.until.as_ref().is_none_or(|path| path.exists()) {
                 return;
             }
         }
@@ -151,6 +157,14 @@ impl Job {
         Ok(())
     }
 
+    fn by_faults(&self, file: &File) -> io::Result<()> {
+        let len = usize::try_from(file.metadata()?.len()).unwrap_or(usize::MAX);
+        let bytes = sys::read_mapped(file, len)?;
+        self.seen.bytes.fetch_add(len as u64, Ordering::Relaxed);
+        self.check(0, &bytes);
+        Ok(())
+    }
+
     fn read(&self, file: &File, buffer: &mut [u8], at: u64) -> io::Result<usize> {
         let started = Instant::now();
         let n = loop {
@@ -167,15 +181,19 @@ impl Job {
         if reads.is_multiple_of(16) {
             seen.sample_us.lock().push(took);
         }
+        self.check(at, &buffer[..n]);
+        Ok(n)
+    }
+
+    fn check(&self, at: u64, bytes: &[u8]) {
         if let Some(node) = self.node
-            && let Some(first) = pattern::mismatch(node, self.base + at, &buffer[..n])
+            && let Some(first) = pattern::mismatch(node, self.base + at, bytes)
         {
-            let zeros = buffer[..n].iter().all(|byte| *byte == 0);
-            seen.wrong.lock().push(format!(
+            let (n, zeros) = (bytes.len(), bytes.iter().all(|byte| *byte == 0));
+            self.seen.wrong.lock().push(format!(
                 "byte {first} of a read of {n} at {at}; all zeros: {zeros}"
             ));
         }
-        Ok(n)
     }
 }
 
