@@ -94,6 +94,14 @@ impl Daemon {
     /// Starts serving. Nothing in here waits for a mount, a registry or containerd: what takes
     /// time goes on behind the first requests, see [`Daemon::recovered`].
     pub async fn start(config: Config) -> Result<Self, DaemonError> {
+        Self::start_with(config, Vec::new()).await
+    }
+
+    /// As [`Daemon::start`], with the proxy variables of the environment.
+    pub async fn start_with(
+        config: Config,
+        environment: Vec<(String, String)>,
+    ) -> Result<Self, DaemonError> {
         let config = Arc::new(config);
         let metrics = Metrics::default();
         let (store, locks) = {
@@ -106,6 +114,7 @@ impl Daemon {
             store: store.clone(),
             metrics: metrics.clone(),
             routes: routes.clone(),
+            environment: environment.into(),
         };
         let drivers = Drivers::start(&context)?;
         let (progress, recovered) = watch::channel(Recovery::Running);

@@ -112,6 +112,10 @@ pub trait Driver: Send + Sync + fmt::Debug + 'static {
     /// Adds labels that are not stored (or hides some) to what Stat, List and Update answer.
     fn decorate(&self, _snapshotter: &str, _info: &mut Info) {}
 
+    /// Orders what a List in `namespace` (of the request's metadata) answers, page by page.
+    /// containerd takes the first snapshot that carries the chain ID it asked for.
+    fn order(&self, _namespace: Option<&str>, _infos: &mut [Info]) {}
+
     /// Takes down all mounts that this or an earlier daemon of this root and state has made
     /// (`--unmount`). Called instead of [`Driver::recover`] and [`Driver::stop`]; what it leaves is
     /// swept by mount table afterwards.
@@ -138,6 +142,8 @@ pub struct Context {
     pub metrics: Metrics,
     /// Where admin routes are registered.
     pub routes: admin::Routes,
+    /// The variables of the environment that name proxies.
+    pub environment: Arc<[(String, String)]>,
 }
 
 /// The drivers in use, by the plugin names that select them.

@@ -152,7 +152,7 @@ fn serve(flags: Flags) -> anyhow::Result<()> {
         // Before anything is started, so that an early signal is not lost.
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
-        let daemon = Daemon::start(config).await?;
+        let daemon = Daemon::start_with(config, proxies()).await?;
         notify.ready();
         tokio::select! {
             _ = terminate.recv() => {}
@@ -163,4 +163,12 @@ fn serve(flags: Flags) -> anyhow::Result<()> {
         daemon.stop(true).await?;
         Ok(())
     })
+}
+
+/// The variables that name proxies, upper and lower case.
+fn proxies() -> Vec<(String, String)> {
+    std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .filter(|(name, _)| name.to_ascii_lowercase().ends_with("_proxy"))
+        .collect()
 }

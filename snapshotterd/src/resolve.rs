@@ -1,1 +1,267 @@
-//! Resolving all layers of an image at once.
+//! Resolving images: from the labels of the first extraction Prepare to every layer of the image
+//! being known on this node, all layers at once.
+//!
+//! One [`Resolver`] serves all images and namespaces. An image gets a fixed time from its first
+//! Prepare on; what is not resolved by then is unpacked ordinarily. Layers are resolved once per
+//! identity, whoever asks.
+
+pub mod labels;
+pub mod plan;
+pub mod reason;
+pub mod registry;
+pub mod remote;
+
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use formats::digest::Digest;
+use futures_util::{
+    FutureExt as _,
+    future::{BoxFuture, Shared},
+};
+use parking_lot::Mutex;
+use tracing::{Instrument as _, info_span};
+
+use self::{
+    labels::Announced,
+    plan::{Documents, Plan},
+    reason::NotLazy,
+};
+use crate::layers::{
+    Layers, Wanted,
+    record::{Format, Identity, LayerRecord, Origin},
+};
+
+/// A resolution that nobody asked for this long is forgotten.
+const KEEP_IDLE: Duration = Duration::from_secs(60);
+
+type Outcome<T> = Shared<BoxFuture<'static, Result<T, NotLazy>>>;
+
+/// A layer that is known on this node, and the DiffID that this image claims for it.
+#[derive(Clone, Debug)]
+pub struct Resolved {
+    /// The layer.
+    pub record: Arc<LayerRecord>,
+    /// The claim, if it is known.
+    pub diff_id: Option<Digest>,
+}
+
+/// Resolves images.
+pub struct Resolver {
+    documents: Documents,
+    layers: Arc<Layers>,
+    limit: Duration,
+    images: Mutex<HashMap<ImageKey, Arc<Image>>>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct ImageKey {
+    namespace: String,
+    image: String,
+    manifest: Option<Digest>,
+}
+
+/// One image being pulled.
+struct Image {
+    key: ImageKey,
+    deadline: tokio::time::Instant,
+    plan: Outcome<Arc<Plan>>,
+    state: Mutex<ImageState>,
+}
+
+struct ImageState {
+    layers: HashMap<(Digest, Option<Digest>), Outcome<Resolved>>,
+    asked: HashMap<Digest, usize>,
+    failed: bool,
+    last_used: Instant,
+}
+
+impl Resolver {
+    /// A resolver that allows `limit` for all layers of an image together.
+    pub fn new(documents: Documents, layers: Arc<Layers>, limit: Duration) -> Self {
+        Self {
+            documents,
+            layers,
+            limit,
+            images: Mutex::default(),
+        }
+    }
+
+    /// The layer that `announced` names, as soon as it is known here, or why it is not lazy.
+    pub async fn resolve(
+        &self,
+        namespace: &str,
+        announced: &Announced,
+    ) -> Result<Resolved, NotLazy> {
+        let image = self.image(namespace, announced);
+        let outcome = self.layer(&image, announced);
+        let answer = tokio::time::timeout_at(image.deadline, outcome)
+            .await
+            .unwrap_or(Err(NotLazy::Deadline { limit: self.limit }));
+        let mut state = image.state.lock();
+        state.last_used = Instant::now();
+        state.failed |= answer.is_err();
+        drop(state);
+        // Without a manifest digest nothing but the label binds the index.
+        if announced.manifest.is_none() && announced.toc.is_none() {
+            return Err(answer.err().unwrap_or_else(|| NotLazy::NoTocDigest {
+                layer: announced.layer,
+                media_type: "no TOC digest label, no manifest digest label".to_owned(),
+            }));
+        }
+        let mut resolved = answer?;
+        // containerd 2.3 and later say it themselves.
+        resolved.diff_id = announced.diff_id.or(resolved.diff_id);
+        Ok(resolved)
+    }
+
+    /// The resolution `announced` belongs to. A layer that is asked for again after a failure
+    /// belongs to a new pull, with time of its own.
+    fn image(&self, namespace: &str, announced: &Announced) -> Arc<Image> {
+        let key = ImageKey {
+            namespace: namespace.to_owned(),
+            image: announced.image.clone(),
+            manifest: announced.manifest,
+        };
+        let mut images = self.images.lock();
+        images.retain(|_, image| {
+            Arc::strong_count(image) > 1 || image.state.lock().last_used.elapsed() < KEEP_IDLE
+        });
+        if let Some(image) = images.get(&key) {
+            let image = Arc::clone(image);
+            let mut state = image.state.lock();
+            let times = announced.times(announced.layer);
+            let asked = state.asked.entry(announced.layer).or_default();
+            *asked += 1;
+            let again = *asked > times;
+            if !(again && state.failed) {
+                drop(state);
+                return image;
+            }
+        }
+        let plan = self.plan(&key);
+        let image = Arc::new(Image {
+            deadline: tokio::time::Instant::now() + self.limit,
+            plan,
+            state: Mutex::new(ImageState {
+                layers: HashMap::new(),
+                asked: HashMap::from([(announced.layer, 1)]),
+                failed: false,
+                last_used: Instant::now(),
+            }),
+            key: key.clone(),
+        });
+        images.insert(key, Arc::clone(&image));
+        drop(images);
+        self.start_all(&image, announced);
+        image
+    }
+
+    fn plan(&self, key: &ImageKey) -> Outcome<Arc<Plan>> {
+        let (documents, key) = (self.documents.clone(), key.clone());
+        spawn(
+            async move {
+                documents
+                    .plan(&key.namespace, &key.image, key.manifest)
+                    .await
+                    .map(Arc::new)
+            },
+            "manifest",
+        )
+    }
+
+    /// Starts every layer from the announced one upwards, whether it is asked for yet or not.
+    fn start_all(&self, image: &Arc<Image>, announced: &Announced) {
+        for digest in &announced.layers {
+            let bound = (*digest == announced.layer)
+                .then_some(announced.toc)
+                .flatten();
+            drop(self.start(image, *digest, bound));
+        }
+    }
+
+    fn layer(&self, image: &Arc<Image>, announced: &Announced) -> Outcome<Resolved> {
+        self.start(image, announced.layer, announced.toc)
+    }
+
+    /// Resolves a layer once per image. What binds its index is the manifest that the request
+    /// named by digest; without one, the layer's own label, and the manifest that the image's name
+    /// leads to only gives what can be checked: size, DiffID, and a head start for later layers.
+    fn start(
+        &self,
+        image: &Arc<Image>,
+        digest: Digest,
+        label: Option<Digest>,
+    ) -> Outcome<Resolved> {
+        let by_manifest = image.key.manifest.is_some();
+        let label = label.filter(|_| !by_manifest);
+        let mut state = image.state.lock();
+        if let Some(outcome) = state.layers.get(&(digest, label)) {
+            return outcome.clone();
+        }
+        let (plan, layers, key) = (image.plan.clone(), Arc::clone(&self.layers), image.key.clone());
+        let resolve = async move {
+            let plan = plan.await?;
+            let planned = plan.layer(digest).ok_or_else(|| NotLazy::NotInManifest {
+                image: key.image.clone(),
+                layer: digest,
+            })?;
+            let index = match label {
+                Some(label) => label,
+                None => planned.bound_index()?,
+            };
+            // A config speaks for the layers of its own manifest only.
+            let diff_id = planned
+                .diff_id
+                .filter(|_| planned.index.as_ref() == Ok(&index));
+            let wanted = Wanted {
+                identity: Identity {
+                    layer: digest,
+                    format: Format::Estargz,
+                    index,
+                },
+                blob_len: planned.size,
+                origin: Origin {
+                    image: key.image,
+                    namespace: key.namespace,
+                    manifest: Some(plan.manifest).filter(|_| diff_id.is_some() || by_manifest),
+                },
+                diff_id,
+            };
+            let record = layers.obtain(wanted).await?;
+            Ok(Resolved { record, diff_id })
+        };
+        let outcome = spawn(resolve, "layer");
+        state.layers.insert((digest, label), outcome.clone());
+        outcome
+    }
+}
+
+impl fmt::Debug for Resolver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Resolver")
+            .field("limit", &self.limit)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Runs `work` to its end whether or not somebody waits, and shares its result.
+fn spawn<T: Clone + Send + Sync + 'static>(
+    work: impl Future<Output = Result<T, NotLazy>> + Send + 'static,
+    what: &'static str,
+) -> Outcome<T> {
+    let task = tokio::spawn(work.instrument(info_span!("resolve", what)));
+    async move {
+        task.await
+            .unwrap_or_else(|error| Err(NotLazy::Local(error.to_string().into())))
+    }
+    .boxed()
+    .shared()
+}
+
+#[cfg(test)]
+mod tests;

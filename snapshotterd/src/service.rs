@@ -318,9 +318,10 @@ impl snapshots_server::Snapshots for Snapshots {
         &self,
         request: Request<ListSnapshotsRequest>,
     ) -> Result<Response<Self::ListStream>, Status> {
+        let namespace = messages::namespace(&request);
         let request = request.into_inner();
         let driver = self.driver(&request.snapshotter)?;
-        let stream = list::start(&self.store, driver, request, self.timeout)?;
+        let stream = list::start(&self.store, driver, request, namespace, self.timeout)?;
         Ok(Response::new(stream))
     }
 

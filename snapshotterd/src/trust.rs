@@ -1,1 +1,122 @@
 //! What is claimed and what is proven about a layer.
+//!
+//! containerd derives chain IDs from the DiffIDs of an image's config, and a lazy answer commits
+//! content under a chain ID that nobody has checked. [`TocProver`] checks it while the layer
+//! hydrates: the decoded tar must hash to the DiffID and its tree must be the served tree. The
+//! comparison itself is [`StargzProof`]'s; this module gives it the index and the claim.
+
+use std::{io, sync::Arc};
+
+use formats::digest::Digest;
+use storage::{
+    hydrate::{ChunkSink, Prove, StargzProof, Verdict},
+    ranges::report,
+};
+
+use crate::{
+    layers::{
+        blobs::Opener,
+        index,
+        record::{LayerNumber, LayerRecord},
+    },
+    resolve::plan::{Documents, Unknown},
+};
+
+/// Proves one eStargz layer.
+#[derive(Debug)]
+pub struct TocProver {
+    opener: Opener,
+    number: LayerNumber,
+    documents: Documents,
+    runtime: tokio::runtime::Handle,
+}
+
+impl TocProver {
+    /// A prover for layer `number`. Its index is read when the pass begins and dropped when it
+    /// ends.
+    pub fn new(
+        opener: Opener,
+        number: LayerNumber,
+        documents: Documents,
+        runtime: tokio::runtime::Handle,
+    ) -> Self {
+        Self {
+            opener,
+            number,
+            documents,
+            runtime,
+        }
+    }
+
+    /// The DiffID to prove. Pulls that name no manifest leave it open at first.
+    fn claim(&self, record: &LayerRecord) -> io::Result<Result<Digest, String>> {
+        if let Some(claim) = record.diff_id {
+            return Ok(Ok(claim));
+        }
+        let mut reasons = Vec::new();
+        for origin in &record.origins {
+            let found = self
+                .runtime
+                .block_on(self.documents.find_diff_id(origin, &record.identity));
+            match found {
+                Ok(found) => return Ok(Ok(found)),
+                Err(Unknown::Never(reason)) => reasons.push(reason),
+                Err(Unknown::Now(reason)) => return Err(io::Error::other(reason)),
+            }
+        }
+        Ok(Err(format!(
+            "no image config names its DiffID: {}",
+            reasons.join("; ")
+        )))
+    }
+}
+
+impl Prove for TocProver {
+    fn prove(
+        &self,
+        compressed: &mut dyn io::Read,
+        sink: &mut ChunkSink<'_>,
+    ) -> io::Result<Verdict> {
+        let record = self
+            .opener
+            .table
+            .layer(self.number)
+            .ok_or_else(|| io::Error::other("the layer was removed"))?;
+        let claim = match self.claim(&record)? {
+            Ok(claim) => claim,
+            Err(reason) => return Ok(Verdict::Unprovable { reason }),
+        };
+        let limits = self.opener.limits;
+        let layer = index::load(&self.opener.dir(self.number), &record, &limits)
+            .map_err(|error| io::Error::other(report(&error)))?;
+        let proof = StargzProof {
+            layer: Arc::new(layer),
+            diff_id: claim,
+            limits,
+        };
+        let verdict = proof.prove(compressed, sink)?;
+        if verdict == Verdict::Proven {
+            self.keep_claim(claim)?;
+        }
+        Ok(verdict)
+    }
+}
+
+impl TocProver {
+    /// What was proven is what later claims are compared with.
+    fn keep_claim(&self, proven: Digest) -> io::Result<()> {
+        let update = self.opener.table.update(
+            self.number,
+            crate::store::Durability::Soon,
+            move |record| {
+                let news = record.diff_id != Some(proven);
+                record.diff_id = Some(proven);
+                news
+            },
+        );
+        self.runtime
+            .block_on(update)
+            .map(drop)
+            .map_err(|error| io::Error::other(report(&error)))
+    }
+}

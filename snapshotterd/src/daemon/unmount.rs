@@ -41,6 +41,7 @@ impl Daemon {
             store: store.clone(),
             metrics: Metrics::default(),
             routes: Routes::default(),
+            environment: std::sync::Arc::from([]),
         };
         // What a driver cannot do is left to the sweep; a mount that stays is reported by it.
         match Drivers::start(&context) {

@@ -118,6 +118,96 @@ pub const STORE_SIZE_BYTES: Def = Def {
     labels: &[],
 };
 
+/// Layers known on this node, by what is known of their content.
+pub const LAZY_LAYERS: Def = Def {
+    name: "snapshotterd_lazy_layers",
+    help: "Layers known on this node, by what is known of their content.",
+    unit: "layers",
+    shape: Shape::Gauge,
+    stability: Stability::Stable,
+    labels: &["verdict"],
+};
+
+/// Layer mounts.
+pub const LAZY_MOUNTS: Def = Def {
+    name: "snapshotterd_lazy_mounts",
+    help: "Layer mounts.",
+    unit: "mounts",
+    shape: Shape::Gauge,
+    stability: Stability::Stable,
+    labels: &[],
+};
+
+/// Layers that were announced and not answered lazily, by reason.
+pub const LAZY_DECLINED_TOTAL: Def = Def {
+    name: "snapshotterd_lazy_declined_total",
+    help: "Layers that were announced and not answered lazily, by reason.",
+    unit: "layers",
+    shape: Shape::Counter,
+    stability: Stability::Stable,
+    labels: &["reason"],
+};
+
+/// Ordered passes that ended, by verdict.
+pub const LAZY_VERDICTS_TOTAL: Def = Def {
+    name: "snapshotterd_lazy_verdicts_total",
+    help: "Ordered passes that ended, by verdict.",
+    unit: "layers",
+    shape: Shape::Counter,
+    stability: Stability::Stable,
+    labels: &["verdict"],
+};
+
+/// Bytes of layers received from registries, by cause.
+pub const LAZY_FETCHED_BYTES_TOTAL: Def = Def {
+    name: "snapshotterd_lazy_fetched_bytes_total",
+    help: "Bytes of layers received from registries, by cause.",
+    unit: "bytes",
+    shape: Shape::Counter,
+    stability: Stability::Stable,
+    labels: &["cause"],
+};
+
+/// Requests for bytes of layers, by cause.
+pub const LAZY_REQUESTS_TOTAL: Def = Def {
+    name: "snapshotterd_lazy_requests_total",
+    help: "Requests for bytes of layers, by cause.",
+    unit: "requests",
+    shape: Shape::Counter,
+    stability: Stability::Stable,
+    labels: &["cause"],
+};
+
+/// Layers whose chunk map is in memory.
+pub const LAZY_OPEN_CACHES: Def = Def {
+    name: "snapshotterd_lazy_open_caches",
+    help: "Layers whose chunk map is in memory.",
+    unit: "layers",
+    shape: Shape::Gauge,
+    stability: Stability::Experimental,
+    labels: &[],
+};
+
+/// Decoded bytes that are local, of the open caches.
+pub const LAZY_LOCAL_BYTES: Def = Def {
+    name: "snapshotterd_lazy_local_bytes",
+    help: "Decoded bytes that are local, of the open caches.",
+    unit: "bytes",
+    shape: Shape::Gauge,
+    stability: Stability::Experimental,
+    labels: &[],
+};
+
+/// Reads that wait for bytes now.
+pub const LAZY_WAITING_READERS: Def = Def {
+    name: "snapshotterd_lazy_waiting_readers",
+    help: "Reads that wait for bytes now.",
+    unit: "reads",
+    shape: Shape::Gauge,
+    stability: Stability::Stable,
+    labels: &[],
+};
+
 /// Every definition; `docs/METRICS.md` has the same rows.
 pub const ALL: &[&Def] = &[
     &RPC_DURATION_SECONDS,
@@ -126,4 +216,13 @@ pub const ALL: &[&Def] = &[
     &RPC_PANICS_TOTAL,
     &SNAPSHOTS,
     &STORE_SIZE_BYTES,
+    &LAZY_LAYERS,
+    &LAZY_MOUNTS,
+    &LAZY_DECLINED_TOTAL,
+    &LAZY_VERDICTS_TOTAL,
+    &LAZY_FETCHED_BYTES_TOTAL,
+    &LAZY_REQUESTS_TOTAL,
+    &LAZY_OPEN_CACHES,
+    &LAZY_LOCAL_BYTES,
+    &LAZY_WAITING_READERS,
 ];

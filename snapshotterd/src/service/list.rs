@@ -24,6 +24,7 @@ pub(super) fn start(
     store: &Store,
     driver: Arc<dyn Driver>,
     request: ListSnapshotsRequest,
+    namespace: Option<String>,
     timeout: Duration,
 ) -> Result<ReceiverStream<Message>, Status> {
     let fail = |error: StoreError| status::of(&DriverError::Store(error));
@@ -34,6 +35,7 @@ pub(super) fn start(
         reader,
         driver,
         snapshotter: request.snapshotter,
+        namespace,
         filter,
         sender: sender.clone(),
         deadline: Instant::now() + timeout,
@@ -57,6 +59,7 @@ struct Listing {
     reader: Reader,
     driver: Arc<dyn Driver>,
     snapshotter: String,
+    namespace: Option<String>,
     filter: Filter,
     sender: mpsc::Sender<Message>,
     deadline: Instant,
@@ -78,6 +81,7 @@ impl Listing {
             for info in &mut page {
                 self.driver.decorate(&self.snapshotter, info);
             }
+            self.driver.order(self.namespace.as_deref(), &mut page);
             let message = ListSnapshotsResponse {
                 info: page.into_iter().map(Into::into).collect(),
             };

@@ -1,0 +1,119 @@
+//! Starts hydration and records how it ended.
+
+use std::sync::Arc;
+
+use formats::digest::Digest;
+use storage::{
+    cache::LayerBlob,
+    hydrate::{self, HydrateOptions, Mode, Record},
+};
+use tracing::{Instrument as _, error, info, info_span, warn};
+
+use super::{
+    Layers,
+    record::{LayerNumber, LayerRecord, Verdict},
+};
+use crate::{
+    config::Hydration,
+    metrics::defs,
+    store::{Durability, StoreError},
+    trust::TocProver,
+};
+
+impl From<Hydration> for Mode {
+    fn from(mode: Hydration) -> Self {
+        match mode {
+            Hydration::Full => Self::Full,
+            Hydration::Idle => Self::Idle,
+            Hydration::Off => Self::Off,
+        }
+    }
+}
+
+impl Layers {
+    /// Hydrates a layer as configured, once its start list has been asked for.
+    pub(super) fn hydrate_later(self: &Arc<Self>, record: &LayerRecord, blob: &Arc<LayerBlob>) {
+        self.hydrate(record, blob, self.config.lazy.hydration.into());
+    }
+
+    /// Hydrates a layer whatever is configured.
+    pub(super) fn hydrate_now(self: &Arc<Self>, record: &LayerRecord, blob: &Arc<LayerBlob>) {
+        self.hydrate(record, blob, Mode::Full);
+    }
+
+    fn hydrate(self: &Arc<Self>, record: &LayerRecord, blob: &Arc<LayerBlob>, mode: Mode) {
+        let number = record.number;
+        let prover = TocProver::new(
+            self.opener().clone(),
+            number,
+            self.documents.clone(),
+            tokio::runtime::Handle::current(),
+        );
+        blob.hydrate(HydrateOptions {
+            layer_digest: record.identity.layer,
+            mode,
+            prover: Arc::new(prover),
+        });
+        if !self.watched.lock().insert(number) {
+            return;
+        }
+        // Weak by nature: it ends when the blob goes.
+        let over = blob.hydrated();
+        let this = Arc::clone(self);
+        let watch = async move {
+            let record = over.await;
+            this.watched.lock().remove(&number);
+            if let Some(record) = record
+                && let Err(error) = this.conclude(number, &record).await
+            {
+                warn!(error = &error as &dyn std::error::Error, "cannot record a verdict");
+            }
+        };
+        tokio::spawn(watch.instrument(info_span!("hydration", layer = %record.identity.layer)));
+    }
+
+    /// Records the outcome of the ordered pass.
+    async fn conclude(&self, number: LayerNumber, outcome: &Record) -> Result<(), StoreError> {
+        let verdict = match &outcome.verdict {
+            hydrate::Verdict::Proven => Verdict::Proven,
+            hydrate::Verdict::Refuted { reasons } => Verdict::Refuted(reasons.join("; ")),
+            hydrate::Verdict::Unprovable { reason } => Verdict::Unprovable(reason.clone()),
+        };
+        let complete = outcome.complete;
+        let record = self
+            .table
+            .update(number, Durability::Now, move |record| {
+                record.verdict = verdict.clone();
+                record.complete = complete;
+                true
+            })
+            .await?;
+        let Some(record) = record else {
+            return Ok(());
+        };
+        let verdict = record.verdict.name();
+        self.metrics
+            .counter(&defs::LAZY_VERDICTS_TOTAL, &[verdict])
+            .increment();
+        let image = record.origins.first().map_or("", |o| o.image.as_str());
+        match &record.verdict {
+            Verdict::Refuted(why) => error!(
+                image,
+                layer = %record.identity.layer,
+                why,
+                "layer REFUTED: its content is not what the image claims; new containers are refused"
+            ),
+            _ => info!(image, layer = %record.identity.layer, verdict, complete, "hydrated"),
+        }
+        Ok(())
+    }
+
+    /// The layers that hold `digest` (a layer digest), or all.
+    pub(super) fn matching(&self, digest: Option<Digest>) -> Vec<Arc<LayerRecord>> {
+        let mut layers = self.table.layers();
+        layers.retain(|record| {
+            record.ready && digest.is_none_or(|digest| record.identity.layer == digest)
+        });
+        layers
+    }
+}

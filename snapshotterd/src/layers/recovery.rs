@@ -1,0 +1,190 @@
+//! What follows a start, and what an end leaves behind.
+
+use std::{
+    collections::HashSet,
+    fs, io,
+    sync::{Arc, Weak},
+    time::Duration,
+};
+
+use fuse::{BlobFs, mounts::mountinfo};
+use tokio::sync::Semaphore;
+use tracing::{info, warn};
+
+use super::{
+    Layers,
+    blobs::LayerNodes,
+    dir::LayerDir,
+    record::{LayerNumber, Verdict},
+};
+use crate::store::StoreError;
+
+/// Layers that go on hydrating after a start, at the same time.
+const RESUME_PARALLEL: usize = 8;
+/// How often what nobody uses is looked for.
+const SWEEP_EVERY: Duration = Duration::from_secs(60);
+
+/// Why recovery is incomplete.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RecoverError {
+    /// BlobFs does not start.
+    #[error("BlobFs does not start: {0}")]
+    BlobFs(String),
+    /// What is mounted cannot be read.
+    #[error("cannot read what is mounted")]
+    Mounts(#[source] io::Error),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl Layers {
+    /// Takes up where the last daemon ended: serves BlobFs, adopts mounts, removes leftovers,
+    /// goes on hydrating. No registry is waited for.
+    pub async fn recover(self: &Arc<Self>) -> Result<(), RecoverError> {
+        let nodes = Arc::new(LayerNodes::new(Arc::clone(&self.blobs)));
+        let started = BlobFs::start(self.blobfs_options.clone(), nodes).await;
+        let serving = match started {
+            Ok(blobfs) => Ok(Arc::new(blobfs)),
+            Err(error) => Err(storage::ranges::report(&error)),
+        };
+        let adopted = serving.as_ref().is_ok_and(|blobfs| blobfs.adopted());
+        let failure = serving.as_ref().err().cloned();
+        self.serving.send_replace(Some(serving));
+        self.mounts
+            .reconcile(adopted)
+            .await
+            .map_err(RecoverError::Mounts)?;
+        self.remove_leftovers().await?;
+        let weak = Arc::downgrade(self);
+        tokio::spawn(sweep_forever(weak));
+        let this = Arc::clone(self);
+        tokio::spawn(async move { this.resume().await });
+        match failure {
+            Some(error) => Err(RecoverError::BlobFs(error)),
+            None => Ok(()),
+        }
+    }
+
+    /// Records of snapshots that are gone, layers that were never finished, directories without
+    /// a layer.
+    async fn remove_leftovers(&self) -> Result<(), StoreError> {
+        let live = self.store.live_ids()?;
+        let mut gone = self.table.known_snapshots();
+        gone.retain(|id| !live.contains(id));
+        self.table.forget(gone).await?;
+        for record in self.table.layers() {
+            if !record.ready && !self.is_pinned(record.number) {
+                self.table.remove(record.number).await?;
+            }
+        }
+        let known: HashSet<LayerNumber> =
+            self.table.layers().iter().map(|record| record.number).collect();
+        let layers = self.opener().layers.clone();
+        let removing = tokio::task::spawn_blocking(move || {
+            for entry in fs::read_dir(&layers)?.flatten() {
+                let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
+                let Some(number) = number.map(LayerNumber) else {
+                    continue;
+                };
+                if !known.contains(&number) {
+                    LayerDir::new(&layers, number).remove()?;
+                }
+            }
+            io::Result::Ok(())
+        });
+        if let Ok(Err(error)) = removing.await {
+            warn!(%error, "leftover layer directories stay");
+        }
+        Ok(())
+    }
+
+    /// Goes on hydrating what was not finished.
+    async fn resume(self: Arc<Self>) {
+        if self.config.lazy.hydration == crate::config::Hydration::Off {
+            return;
+        }
+        let gate = Arc::new(Semaphore::new(RESUME_PARALLEL));
+        for record in self.matching(None) {
+            let over = record.complete || !matches!(record.verdict, Verdict::Claimed);
+            if over {
+                continue;
+            }
+            let Ok(permit) = Arc::clone(&gate).acquire_owned().await else {
+                return;
+            };
+            let blob = match self.blobs.get(record.number).await {
+                Ok(blob) => blob,
+                Err(error) => {
+                    warn!(layer = %record.identity.layer, %error, "cannot go on hydrating");
+                    continue;
+                }
+            };
+            self.hydrate_later(&record, &blob);
+            let over = blob.hydrated();
+            tokio::spawn(async move {
+                let _ = over.await;
+                drop(permit);
+            });
+        }
+    }
+
+    /// Stops serving. With `keep_mounts` readers wait for the next daemon; without, everything is
+    /// unmounted, also what a daemon that is gone has left.
+    pub async fn stop(&self, keep_mounts: bool) {
+        if !keep_mounts && let Err(error) = self.mounts.detach_all().await {
+            warn!(%error, "cannot read what is mounted");
+        }
+        let stopping = Some(Err("the daemon is stopping".to_owned()));
+        let serving = match self.serving.send_replace(stopping) {
+            None if !keep_mounts => self.take_over().await,
+            Some(Ok(blobfs)) => Some(blobfs),
+            _ => None,
+        };
+        if let Some(blobfs) = serving {
+            match Arc::into_inner(blobfs) {
+                Some(blobfs) => {
+                    if let Err(error) = blobfs.stop(keep_mounts).await {
+                        let error = storage::ranges::report(&error);
+                        warn!(error, "BlobFs is still mounted");
+                    }
+                }
+                None => warn!("BlobFs is still in use at the end"),
+            }
+        }
+        self.blobs.flush().await;
+        info!(keep_mounts, "layers stopped");
+    }
+
+    /// The session of a daemon that is gone, only to end it.
+    async fn take_over(&self) -> Option<Arc<BlobFs>> {
+        let options = &self.blobfs_options;
+        let mounted = mountinfo()
+            .is_ok_and(|mounts| mounts.iter().any(|m| m.target == options.mountpoint));
+        if !mounted && !options.state_dir.exists() {
+            return None;
+        }
+        let nodes = Arc::new(LayerNodes::new(Arc::clone(&self.blobs)));
+        match BlobFs::start(options.clone(), nodes).await {
+            Ok(blobfs) => Some(Arc::new(blobfs)),
+            Err(error) => {
+                let error = storage::ranges::report(&error);
+                warn!(error, "cannot take BlobFs over to end it");
+                None
+            }
+        }
+    }
+}
+
+async fn sweep_forever(layers: Weak<Layers>) {
+    loop {
+        tokio::time::sleep(SWEEP_EVERY).await;
+        let Some(layers) = layers.upgrade() else {
+            return;
+        };
+        if let Err(error) = layers.sweep().await {
+            warn!(error = &error as &dyn std::error::Error, "sweep");
+        }
+    }
+}
