@@ -25,8 +25,8 @@ use tonic::{
 use tower::service_fn;
 
 use crate::{
-    pushed::{PushedImage, PushedLayer},
     mounting,
+    pushed::{PushedImage, PushedLayer},
 };
 
 /// How a layer came to be there.
@@ -75,7 +75,9 @@ impl Host {
     fn request<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
         let namespace = MetadataValue::try_from(&self.namespace).expect("a namespace");
-        request.metadata_mut().insert("containerd-namespace", namespace);
+        request
+            .metadata_mut()
+            .insert("containerd-namespace", namespace);
         request
     }
 

@@ -45,9 +45,9 @@ impl PushedLayer {
             &mut blob,
             &options,
             &formats::limits::Limits::default(),
-        ).expect("a tar the writer takes");
-        let mut descriptor =
-            Descriptor::new(OCI_LAYER_GZIP, built.blob_digest, built.blob_len);
+        )
+        .expect("a tar the writer takes");
+        let mut descriptor = Descriptor::new(OCI_LAYER_GZIP, built.blob_digest, built.blob_len);
         descriptor.annotations.insert(
             ANNOTATION_TOC_DIGEST.to_owned(),
             built.toc_digest.to_string(),
@@ -84,7 +84,10 @@ impl PushedLayer {
 
     /// The TOC digest annotation.
     pub fn toc(&self) -> Option<String> {
-        self.descriptor.annotations.get(ANNOTATION_TOC_DIGEST).cloned()
+        self.descriptor
+            .annotations
+            .get(ANNOTATION_TOC_DIGEST)
+            .cloned()
     }
 }
 
@@ -129,7 +132,10 @@ impl PushedImage {
         }
         let manifest = Manifest::new(
             Descriptor::new(OCI_CONFIG, config_digest, config.len() as u64),
-            layers.iter().map(|layer| layer.descriptor.clone()).collect(),
+            layers
+                .iter()
+                .map(|layer| layer.descriptor.clone())
+                .collect(),
         );
         let digest = lab
             .push_manifest(repository, tag, OCI_MANIFEST, &manifest.to_json())

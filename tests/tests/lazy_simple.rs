@@ -5,10 +5,11 @@ use std::{collections::BTreeMap, path::Path};
 use suite::{
     daemon::Daemon,
     host::{Came, Host, oracle},
-    pushed::{PushedImage, PushedLayer, cri_labels, rpull_labels},
     isolate,
     listing::{Allowed, differences, list},
-    machine, skip,
+    machine,
+    pushed::{PushedImage, PushedLayer, cri_labels, rpull_labels},
+    skip,
     tarball::Tarball,
     workdir::Workdir,
 };

@@ -66,13 +66,22 @@ pub(super) async fn status(global: &Global, image: Option<&str>) -> Result<ExitC
             traffic("prefetch"),
             traffic("hydration"),
             text("verdict"),
-            match layer.get("reason").and_then(Value::as_str) {
-                Some(reason) => format!("no: {reason}"),
-                None => "yes".to_owned(),
-            },
+            "yes".to_owned(),
         ]);
     }
     output::table(&rows)?;
+    let ordinary = answer
+        .get("not_lazy")
+        .and_then(Value::as_array)
+        .cloned()
+        .unwrap_or_default();
+    if image.is_none() && !ordinary.is_empty() {
+        output::line("\nLayers that are not served lazily:")?;
+        for snapshot in &ordinary {
+            let text = |key: &str| snapshot.get(key).and_then(Value::as_str).unwrap_or("-");
+            output::line(&format!("  {}: {}", text("snapshot"), text("why_not")))?;
+        }
+    }
     Ok(ExitCode::SUCCESS)
 }
 

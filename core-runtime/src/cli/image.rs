@@ -248,10 +248,10 @@ async fn record(global: &Global, args: RecordArgs) -> Result<ExitCode> {
         output::json(&recorded.summary)?;
     } else {
         output::line(&format!(
-            "{}: {} files, {} of {} read in {:.1} s ({})",
+            "{}: {} files; {} of {} were fetched in {:.1} s ({})",
             args.out.display(),
             recorded.record.entries.len(),
-            output::human(recorded.summary.bytes_read),
+            output::human(recorded.summary.bytes_local),
             output::human(recorded.summary.payload_bytes),
             recorded.summary.seconds,
             recorded.summary.ended,

@@ -5,7 +5,6 @@
 //! read: nothing of the image is in the page cache of a layer mount that has just been made.
 
 use std::{
-    collections::BTreeMap,
     io::{BufRead as _, BufReader, Write as _},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -61,8 +60,8 @@ pub struct Summary {
     pub ended: &'static str,
     /// How long the container ran.
     pub seconds: f64,
-    /// Decoded bytes of everything read.
-    pub bytes_read: u64,
+    /// Decoded bytes that were fetched for it, neighbours of what was read included.
+    pub bytes_local: u64,
     /// Decoded bytes of the image.
     pub payload_bytes: u64,
 }
@@ -206,51 +205,41 @@ fn watch(
 #[derive(serde::Deserialize)]
 struct Touched {
     files: Vec<TouchedFile>,
-    bytes_read: u64,
-    payload_bytes: u64,
 }
 
 #[derive(serde::Deserialize)]
 struct TouchedFile {
     path: String,
-    /// Milliseconds since the layer was opened.
-    at_ms: u64,
 }
 
 async fn collect(socket: &Path, original: &Image, image: &Image) -> Result<Recorded> {
-    let mut all = Vec::new();
-    let mut summary = Summary {
-        ended: "",
-        seconds: 0.0,
-        bytes_read: 0,
-        payload_bytes: 0,
-    };
-    let mut answers: BTreeMap<_, Touched> = BTreeMap::new();
-    for (index, layer) in image.manifest.layers.iter().enumerate() {
-        if let std::collections::btree_map::Entry::Vacant(vacant) = answers.entry(layer.digest) {
-            let answer =
-                admin::get(socket, &format!("/v1/layers/{}/touched", layer.digest)).await?;
-            let touched: Touched =
-                serde_json::from_value(answer).context("the daemon's list of touched files")?;
-            summary.bytes_read += touched.bytes_read;
-            summary.payload_bytes += touched.payload_bytes;
-            vacant.insert(touched);
-        }
-        for file in &answers[&layer.digest].files {
-            all.push((file.at_ms, index, file.path.clone()));
-        }
-    }
-    // Stable, so that the order within a layer stays.
-    all.sort_by_key(|(at, _, _)| *at);
     let digest = original.digest.to_string();
-    let entries = all
-        .into_iter()
-        .map(|(_, layer_index, path)| Entry {
-            path,
+    let mut entries = Vec::new();
+    for (layer_index, layer) in image.manifest.layers.iter().enumerate() {
+        let answer = admin::get(socket, &format!("/v1/layers/{}/touched", layer.digest)).await?;
+        let touched: Touched =
+            serde_json::from_value(answer).context("the daemon's list of touched files")?;
+        entries.extend(touched.files.into_iter().map(|file| Entry {
+            path: file.path,
             manifest_digest: digest.clone(),
             layer_index,
-        })
-        .collect();
+        }));
+    }
+    let layers = admin::get(socket, "/v1/layers").await?;
+    let layers = layers.get("layers").and_then(serde_json::Value::as_array);
+    let sum = |key: &str| {
+        let values = layers
+            .into_iter()
+            .flatten()
+            .filter_map(|layer| layer.get(key)?.as_u64());
+        values.sum()
+    };
+    let summary = Summary {
+        ended: "",
+        seconds: 0.0,
+        bytes_local: sum("local_bytes"),
+        payload_bytes: sum("payload_bytes"),
+    };
     Ok(Recorded {
         record: Record { entries },
         summary,
@@ -281,6 +270,8 @@ fn find_daemon(chosen: Option<&Path>) -> Result<PathBuf> {
 struct PrivateDaemon {
     program: PathBuf,
     dir: PathBuf,
+    /// Short: all lower directories have to fit into one mount call.
+    lowers: tempfile::TempDir,
     child: Child,
 }
 
@@ -294,10 +285,14 @@ impl PrivateDaemon {
         .context("the daemon's config")?;
         let log =
             std::fs::File::create(dir.join("snapshotterd.log")).context("the daemon's log")?;
+        let lowers = tempfile::Builder::new()
+            .prefix("sl-")
+            .tempdir_in("/tmp")
+            .context("a directory for mounts")?;
         let child = Command::new(program)
             .arg("--config")
             .arg(config)
-            .args(flags(dir))
+            .args(flags(dir, lowers.path()))
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
@@ -306,6 +301,7 @@ impl PrivateDaemon {
         Ok(Self {
             program: program.to_owned(),
             dir: dir.to_owned(),
+            lowers,
             child,
         })
     }
@@ -337,11 +333,11 @@ impl PrivateDaemon {
     }
 }
 
-fn flags(dir: &Path) -> Vec<std::ffi::OsString> {
+fn flags(dir: &Path, lowers: &Path) -> Vec<std::ffi::OsString> {
     let pairs = [
         ("--root", dir.join("root")),
         ("--state", dir.join("state")),
-        ("--lowers", dir.join("l")),
+        ("--lowers", lowers.to_owned()),
         ("--address", dir.join("sd.sock")),
     ];
     pairs
@@ -360,7 +356,7 @@ impl Drop for PrivateDaemon {
         }
         let _ = self.child.wait();
         let _ = Command::new(&self.program)
-            .args(flags(&self.dir))
+            .args(flags(&self.dir, self.lowers.path()))
             .arg("--unmount")
             .status();
     }

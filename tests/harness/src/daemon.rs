@@ -10,12 +10,15 @@ use std::{
 use crate::{
     machine::binary,
     process::{Process, wait_for},
+    workdir::Workdir,
 };
 
 /// A running daemon.
 #[derive(Debug)]
 pub struct Daemon {
     dir: PathBuf,
+    /// Short, whatever the directory's name is: all lowers have to fit into one mount call.
+    lowers: Workdir,
     config: String,
     process: Option<Process>,
 }
@@ -28,6 +31,7 @@ impl Daemon {
     pub fn start(dir: &Path, config: &str) -> Self {
         let mut daemon = Self {
             dir: dir.to_owned(),
+            lowers: Workdir::below(Path::new("/tmp")),
             config: config.to_owned(),
             process: None,
         };
@@ -82,7 +86,7 @@ impl Daemon {
 
     /// Where layers are mounted.
     pub fn lowers(&self) -> PathBuf {
-        self.dir.join("l")
+        self.lowers.path().join("l")
     }
 
     /// The persistent directory.
