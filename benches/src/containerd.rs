@@ -142,7 +142,7 @@ impl Bench<'_> {
         run_until_ready(&containerd, snapshotter, image, "warm")?;
         let warm_seconds = warm.elapsed().as_secs_f64();
         let sum = |cause: &str| {
-            let pointer = format!("/traffic/{cause}/bytes");
+            let pointer = format!("/cache/traffic/{cause}/bytes");
             layers
                 .iter()
                 .filter_map(|layer| layer.pointer(&pointer).and_then(Value::as_u64))

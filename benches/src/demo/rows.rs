@@ -140,8 +140,8 @@ pub(super) fn measure(
                 .filter_map(|layer| layer.pointer(pointer).and_then(Value::as_u64))
                 .sum()
         };
-        figures.demand_bytes = Some(sum("/traffic/demand/bytes"));
-        figures.prefetch_bytes = Some(sum("/traffic/prefetch/bytes"));
+        figures.demand_bytes = Some(sum("/cache/traffic/demand/bytes"));
+        figures.prefetch_bytes = Some(sum("/cache/traffic/prefetch/bytes"));
         let (local, payload): (u64, u64) = (sum("/local_bytes"), sum("/payload_bytes"));
         figures.percent_local = 100.0 * local as f64 / payload.max(1) as f64;
     }

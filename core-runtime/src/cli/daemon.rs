@@ -56,7 +56,7 @@ pub(super) async fn status(global: &Global, image: Option<&str>) -> Result<ExitC
                 .and_then(Value::as_u64)
                 .map_or_else(|| "-".to_owned(), output::human)
         };
-        let traffic = |cause: &str| bytes(layer.pointer(&format!("/traffic/{cause}/bytes")));
+        let traffic = |cause: &str| bytes(layer.pointer(&format!("/cache/traffic/{cause}/bytes")));
         let percent = layer.get("percent_local").and_then(Value::as_f64);
         rows.push(vec![
             output::short(&text("digest")).to_owned(),
