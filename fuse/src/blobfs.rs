@@ -1,6 +1,7 @@
 //! BlobFs: a flat directory whose files are named by decimal node numbers.
 
 mod deadline;
+pub(crate) mod local;
 mod node_table;
 mod server;
 mod start;

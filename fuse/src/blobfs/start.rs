@@ -48,7 +48,10 @@ pub(super) async fn start(
         blocking(&options, move |o| adopt_all(&holder, o.fence_timeout)).await?
     };
     let longest = taken.iter().map(Taken::longest_read).max().unwrap_or(0);
-    let arena = reply_memory(&options, longest.max(options.max_read_bytes))?;
+    let arena = reply_memory(
+        options.reply_memory_bytes,
+        longest.max(options.max_read_bytes),
+    )?;
     let counters = Arc::new(Counters::default());
     let shared = Shared {
         nodes: Arc::new(NodeTable::new(nodes)),
@@ -369,14 +372,14 @@ fn prepare_directories(options: &BlobFsOptions) -> Result<PathBuf, StartError> {
     Ok(mountpoint)
 }
 
-fn reply_memory(options: &BlobFsOptions, longest: u32) -> Result<Arc<Arena>, StartError> {
+pub(super) fn reply_memory(bytes: usize, longest: u32) -> Result<Arc<Arena>, StartError> {
     let payload = usize::try_from(longest).unwrap_or(0).next_multiple_of(4096);
     // Two, so that one slow send does not stop everything.
-    let count = (options.reply_memory_bytes / (payload + 4096)).max(2);
+    let count = (bytes / (payload + 4096)).max(2);
     let arena = Arena::new(payload, count).map_err(StartError::Transport)?;
     if !arena.is_locked() {
         tracing::warn!(
-            bytes = options.reply_memory_bytes,
+            bytes,
             "RLIMIT_MEMLOCK forbids locking the reply memory: a daemon killed while a page of it is \
              reclaimed can fail that one read with EIO; raise LimitMEMLOCK of the unit"
         );

@@ -102,7 +102,7 @@ pub enum HelperError {
         source: io::Error,
     },
     /// It was killed because it did not finish, and mountinfo shows no effect of it.
-    #[error("{operation} {target:?} did not finish within {after:?} and was killed")]
+    #[error("{operation} {target:?} did not finish within {after:?} and was killed{}", if *gone { "" } else { ", but does not die" })]
     TimedOut {
         /// Operation name.
         operation: &'static str,
@@ -110,6 +110,8 @@ pub enum HelperError {
         target: PathBuf,
         /// The bound it was given.
         after: Duration,
+        /// Whether the kill ended it. One that waits for a superblock to be torn down goes on.
+        gone: bool,
     },
     /// The kernel refused.
     #[error("{operation} {target:?}: {step}: {message}")]
@@ -347,7 +349,7 @@ impl Helper {
         .await;
         let Ok((out, err, status)) = finished else {
             let _ = child.start_kill();
-            let _ = timeout(REAP, child.wait()).await;
+            let gone = timeout(REAP, child.wait()).await.is_ok();
             if achieved(&operation, before) {
                 return Ok(Response::Done);
             }
@@ -355,6 +357,7 @@ impl Helper {
                 operation: name,
                 target,
                 after: bound,
+                gone,
             });
         };
         let status = status.map_err(start_error)?;

@@ -72,6 +72,15 @@ impl SharedMap {
         Ok(())
     }
 
+    /// Takes pages out of this process' page tables; their contents stay in the file.
+    #[cfg(feature = "must-fail")]
+    pub(crate) fn unmap(&self, range: Range<usize>) -> io::Result<()> {
+        let (start, len) = self.checked(&range)?;
+        // SAFETY: the range lies in this shared mapping, whose contents this does not change.
+        unsafe { madvise(start, len, Advice::LinuxDontNeed) }?;
+        Ok(())
+    }
+
     /// read(2) straight into a byte range: what the kernel copied is visible to every process
     /// that maps the file, even if the caller is killed before this returns.
     pub(crate) fn receive(&self, fd: impl AsFd, range: Range<usize>) -> io::Result<usize> {

@@ -95,6 +95,8 @@ impl Session {
     pub(crate) fn receive(self: &Arc<Self>, reader: usize) -> io::Result<Received> {
         self.table.clear_landing(reader);
         arrow("landing empty, nothing read");
+        #[cfg(feature = "must-fail")]
+        self.table.head().unmap(layout::landing(reader))?;
         let read = self
             .channel
             .receive(self.table.head(), layout::landing(reader));

@@ -2,9 +2,10 @@
 
 use std::{fs, io::Write};
 
+use rustix::process::{Signal, kill_process};
 use serde_json::json;
 
-use crate::world::{World, eventually};
+use crate::world::{FIXTURE, World, eventually};
 
 const MIB: u64 = 1 << 20;
 
@@ -31,7 +32,7 @@ fn both_dead_is_an_error_and_never_zeros() {
     // The holder first, and the daemon before it can start another.
     let holder = world.holder().unwrap();
     daemon.kill();
-    rustix::process::kill_process(holder, rustix::process::Signal::KILL).unwrap();
+    kill_process(holder, Signal::KILL).unwrap();
     for reader in waiting {
         let report = reader.report();
         assert_eq!(report.number("bytes"), 0);
@@ -160,4 +161,35 @@ fn a_broken_table_is_replaced_and_the_kernel_resends() {
     let report = world.reader(&world.node(2), &["--node", "2"]).report();
     assert_eq!(report.is_right().number("bytes"), MIB);
     daemon.ask("unmount", "stopped");
+}
+
+#[test]
+fn there_is_one_holder_and_it_stays_while_it_holds() {
+    let Some(world) = World::new(&json!([{ "node": 1, "size": MIB }])) else {
+        return;
+    };
+    let daemon = world.daemon();
+    let socket = world.path("state").join("holder.sock");
+    let second = std::process::Command::new(FIXTURE)
+        .arg("holder")
+        .arg("--socket")
+        .arg(&socket)
+        .status()
+        .unwrap();
+    assert_eq!(second.code(), Some(3));
+    let holder = world.holder().unwrap();
+    for signal in [Signal::TERM, Signal::HUP, Signal::INT] {
+        kill_process(holder, signal).unwrap();
+    }
+    daemon.kill();
+    let mut daemon = world.daemon();
+    assert_eq!(daemon.ready["adopted"], json!(true));
+    assert_eq!(world.holder(), Some(holder));
+    // A stale socket is no obstacle.
+    daemon.ask("unmount", "stopped");
+    eventually("the holder ends", || world.holder().is_none());
+    drop(daemon);
+    drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
+    let daemon = world.daemon();
+    assert_eq!(daemon.ready["adopted"], json!(false));
 }

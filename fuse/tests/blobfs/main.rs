@@ -10,6 +10,7 @@
 mod crash;
 mod hold;
 mod isolation;
+mod probe;
 mod serve;
 mod signals;
 mod world;

@@ -22,17 +22,17 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-const FIXTURE: &str = env!("CARGO_BIN_EXE_blobfs-fixture");
+pub(crate) const FIXTURE: &str = env!("CARGO_BIN_EXE_blobfs-fixture");
 /// Whatever takes longer hangs.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
-pub struct World {
+pub(crate) struct World {
     dir: TempDir,
 }
 
 impl World {
     /// `None`, said on stderr, where this machine cannot run such a test.
-    pub fn new(nodes: &Value) -> Option<Self> {
+    pub(crate) fn new(nodes: &Value) -> Option<Self> {
         if !rustix::process::geteuid().is_root() {
             eprintln!("SKIP: mounting needs root");
             return None;
@@ -47,20 +47,20 @@ impl World {
         Some(Self { dir })
     }
 
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
-    pub fn node(&self, number: u64) -> PathBuf {
+    pub(crate) fn node(&self, number: u64) -> PathBuf {
         self.path("mnt").join(number.to_string())
     }
 
     /// Lets stalled regions go.
-    pub fn release(&self) {
+    pub(crate) fn release(&self) {
         fs::write(self.path("release"), b"").unwrap();
     }
 
-    pub fn spawn_daemon(&self, more: &[&str]) -> Daemon {
+    pub(crate) fn spawn_daemon(&self, more: &[&str]) -> Daemon {
         let mut child = Command::new(FIXTURE)
             .arg("serve")
             .arg("--state")
@@ -91,14 +91,14 @@ impl World {
     }
 
     /// A daemon that serves.
-    pub fn daemon(&self) -> Daemon {
+    pub(crate) fn daemon(&self) -> Daemon {
         let mut daemon = self.spawn_daemon(&[]);
         daemon.ready = daemon.answer("ready");
         daemon
     }
 
     /// A metadata image over a device of `device_len` bytes, with files at (offset, length).
-    pub fn image(&self, name: &str, device_len: u64, files: &[(&str, u64, u64)]) -> PathBuf {
+    pub(crate) fn image(&self, name: &str, device_len: u64, files: &[(&str, u64, u64)]) -> PathBuf {
         let mut root = Directory::default();
         let mut inodes = vec![Inode {
             attrs: Attrs::implied_directory(),
@@ -132,28 +132,27 @@ impl World {
     }
 
     /// Mounts an image with a node as its device; SKIP and false where the kernel cannot.
-    pub fn mount_erofs(&self, image: &Path, node: u64, target: &str) -> bool {
+    pub(crate) fn mount_erofs(&self, image: &Path, node: u64, target: &str) -> bool {
         let target = self.path(target);
         fs::create_dir_all(&target).unwrap();
         let answer = self.helper(&json!({
             "op": "mount_erofs", "metadata": image, "devices": [self.node(node)],
             "target": target, "direct_io": false,
         }));
-        match answer["result"].as_str() {
-            Some("done") => true,
-            _ => {
-                eprintln!("SKIP: no EROFS on FUSE here: {answer}");
-                false
-            }
+        let done = answer["result"] == json!("done");
+        if !done {
+            eprintln!("SKIP: no EROFS on FUSE here: {answer}");
         }
+        done
     }
 
     /// One request to a mount helper process.
-    pub fn helper(&self, operation: &Value) -> Value {
+    pub(crate) fn helper(&self, operation: &Value) -> Value {
         self.spawn_helper(operation).answer()
     }
 
-    pub fn spawn_helper(&self, operation: &Value) -> HelperProcess {
+    #[expect(clippy::unused_self, reason = "reads as what happens in this world")]
+    pub(crate) fn spawn_helper(&self, operation: &Value) -> HelperProcess {
         let mut child = Command::new(FIXTURE)
             .arg("mount-helper")
             .stdin(Stdio::piped())
@@ -167,7 +166,8 @@ impl World {
         HelperProcess(child)
     }
 
-    pub fn reader(&self, path: &Path, more: &[&str]) -> Reader {
+    #[expect(clippy::unused_self, reason = "reads as what happens in this world")]
+    pub(crate) fn reader(&self, path: &Path, more: &[&str]) -> Reader {
         let child = Command::new(FIXTURE)
             .arg("read")
             .arg("--path")
@@ -180,17 +180,17 @@ impl World {
         Reader(Some(child))
     }
 
-    pub fn mounts(&self) -> Vec<MountInfo> {
+    pub(crate) fn mounts(&self) -> Vec<MountInfo> {
         let mut mounts = mountinfo().unwrap();
         mounts.retain(|m| m.target.starts_with(self.dir.path()));
         mounts
     }
 
     /// The holder of this world, found by the socket only it can have.
-    pub fn holder(&self) -> Option<Pid> {
+    pub(crate) fn holder(&self) -> Option<Pid> {
         let socket = self.path("state").join("holder.sock");
-        let pids = fs::read_dir("/proc").unwrap().flatten();
-        pids.filter_map(|entry| {
+        let pids = fs::read_dir("/proc").unwrap();
+        pids.flatten().find_map(|entry| {
             let pid = entry.file_name().to_str()?.parse().ok()?;
             let line = fs::read(entry.path().join("cmdline")).ok()?;
             let mut args = line.split(|b| *b == 0);
@@ -198,11 +198,10 @@ impl World {
                 && args.any(|arg| arg == socket.as_os_str().as_bytes());
             ours.then(|| Pid::from_raw(pid)).flatten()
         })
-        .next()
     }
 
     /// kill -9 of the holder; returns when it is gone.
-    pub fn kill_holder(&self) {
+    pub(crate) fn kill_holder(&self) {
         let Some(pid) = self.holder() else {
             return;
         };
@@ -225,20 +224,20 @@ impl Drop for World {
     }
 }
 
-pub struct Daemon {
+pub(crate) struct Daemon {
     child: Child,
     stdin: ChildStdin,
     lines: Receiver<String>,
-    pub ready: Value,
+    pub(crate) ready: Value,
 }
 
 impl Daemon {
-    pub fn tell(&mut self, command: &str) {
+    pub(crate) fn tell(&mut self, command: &str) {
         writeln!(self.stdin, "{command}").unwrap();
     }
 
     /// The next line that begins with `word`.
-    pub fn answer(&mut self, word: &str) -> Value {
+    pub(crate) fn answer(&mut self, word: &str) -> Value {
         let until = Instant::now() + PATIENCE;
         loop {
             let left = until.saturating_duration_since(Instant::now());
@@ -260,22 +259,22 @@ impl Daemon {
         }
     }
 
-    pub fn ask(&mut self, command: &str, word: &str) -> Value {
+    pub(crate) fn ask(&mut self, command: &str, word: &str) -> Value {
         self.tell(command);
         self.answer(word)
     }
 
-    pub fn stats(&mut self, field: &str) -> u64 {
+    pub(crate) fn stats(&mut self, field: &str) -> u64 {
         self.ask("stats", "stats")[field].as_u64().unwrap()
     }
 
     /// kill -9; returns at once, as the next daemon would start.
-    pub fn kill(mut self) {
+    pub(crate) fn kill(mut self) {
         self.child.kill().unwrap();
     }
 
     /// Waits for an exit and returns status and stderr.
-    pub fn exit(mut self) -> (ExitStatus, String) {
+    pub(crate) fn exit(mut self) -> (ExitStatus, String) {
         let until = Instant::now() + PATIENCE;
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
@@ -298,38 +297,38 @@ impl Drop for Daemon {
 }
 
 /// A mount helper at work.
-pub struct HelperProcess(Child);
+pub(crate) struct HelperProcess(Child);
 
 impl HelperProcess {
-    pub fn answer(self) -> Value {
+    pub(crate) fn answer(self) -> Value {
         let (_, output) = finish(self.0, PATIENCE);
         serde_json::from_str(output.trim()).unwrap_or(json!({ "result": "none" }))
     }
 }
 
 /// A reading process.
-pub struct Reader(Option<Child>);
+pub(crate) struct Reader(Option<Child>);
 
 impl Reader {
     /// What it saw.
-    pub fn report(mut self) -> Report {
+    pub(crate) fn report(mut self) -> Report {
         let child = self.0.take().unwrap();
         let (status, output) = finish(child, Duration::from_mins(1));
         assert!(status.success(), "reader: {status} {output}");
         Report(serde_json::from_str(output.trim()).unwrap())
     }
 
-    pub fn runs(&mut self) -> bool {
+    pub(crate) fn runs(&mut self) -> bool {
         self.0.as_mut().unwrap().try_wait().unwrap().is_none()
     }
 
-    pub fn signal(&mut self, signal: Signal) {
+    pub(crate) fn signal(&mut self, signal: Signal) {
         let pid = Pid::from_child(self.0.as_ref().unwrap());
         kill_process(pid, signal).unwrap();
     }
 
     /// SIGKILL, and the proof that it died of it.
-    pub fn dies(mut self) {
+    pub(crate) fn dies(mut self) {
         self.signal(Signal::KILL);
         let mut child = self.0.take().unwrap();
         let status = wait(&mut child, PATIENCE).expect("a killed reader does not die");
@@ -347,16 +346,16 @@ impl Drop for Reader {
 }
 
 #[derive(Debug)]
-pub struct Report(pub Value);
+pub(crate) struct Report(pub(crate) Value);
 
 impl Report {
-    pub fn number(&self, field: &str) -> u64 {
+    pub(crate) fn number(&self, field: &str) -> u64 {
         self.0[field].as_u64().unwrap()
     }
 
     /// No error, no wrong byte.
     #[track_caller]
-    pub fn is_right(&self) -> &Self {
+    pub(crate) fn is_right(&self) -> &Self {
         assert_eq!(self.0["errors"], json!([]), "{:?}", self.0);
         assert_eq!(self.0["wrong"], json!([]), "{:?}", self.0);
         self
@@ -365,7 +364,7 @@ impl Report {
 
 /// Waits for a condition that must come true.
 #[track_caller]
-pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     let until = Instant::now() + PATIENCE;
     while !condition() {
         assert!(Instant::now() < until, "{what}: not within {PATIENCE:?}");
