@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering},
 };
 
 use core_runtime::unpack::Unpacker;
@@ -43,7 +44,6 @@ pub enum Came {
 pub struct Host {
     client: SnapshotsClient<Channel>,
     namespace: String,
-    sequence: std::sync::Arc<std::sync::atomic::AtomicU64>,
     work: PathBuf,
 }
 
@@ -67,7 +67,6 @@ impl Host {
         Self {
             client: SnapshotsClient::new(channel),
             namespace: namespace.to_owned(),
-            sequence: std::sync::Arc::default(),
             work: work.to_owned(),
         }
     }
@@ -83,9 +82,8 @@ impl Host {
 
     /// A backend key as the metadata layer makes it.
     pub fn key(&self, name: &str) -> String {
-        let number = self
-            .sequence
-            .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        static SEQUENCE: AtomicU64 = AtomicU64::new(1);
+        let number = SEQUENCE.fetch_add(1, Ordering::Relaxed);
         format!("{}/{number}/{name}", self.namespace)
     }
 

@@ -91,7 +91,11 @@ impl Lazy {
         }
         let chain = self.chain_below(request)?;
         let namespace = request.namespace.as_deref().unwrap_or_default();
-        let resolved = self.resolver.resolve(namespace, &announced).await?;
+        let mut resolved = self.resolver.resolve(namespace, &announced).await?;
+        // What was resolved a while ago may have been judged since.
+        if let Some(record) = self.layers.record(resolved.record.number) {
+            resolved.record = record;
+        }
         self.layers
             .trusted(&resolved.record, resolved.diff_id)
             .map_err(|why| DriverError::FailedPrecondition(format!("{}: {why}", announced.image)))?;

@@ -4,7 +4,8 @@
 //! The rule is that of containerd's Apply: the first layer below, nearest first, in which the path
 //! exists decides; its symbolic links are followed within that layer; where it is no directory,
 //! or lies below something that is none, the defaults stand (0755, root). Opaque directories in
-//! between do not end the search. `trusted.*` attributes are not taken.
+//! between do not end the search. `trusted.*` attributes are not taken. A directory made in a setgid
+//! one gets its group and the bit, as mkdir does it.
 
 use std::{
     collections::BTreeMap,
@@ -16,13 +17,17 @@ use std::{
 
 use formats::{
     digest::Digest,
-    tree::{Attrs, Mtime, Xattrs},
+    tree::{Attrs, LayerTree, Mtime, Xattrs},
 };
 use rustix::{
     fs::{FileType, Mode, OFlags, ResolveFlags},
     io::Errno,
 };
 use sha2::{Digest as _, Sha256};
+
+use super::record::ImpliedDirectory;
+
+const SETGID: u16 = 0o2000;
 
 /// File stem of the metadata image of a layer whose implied directories keep the defaults.
 pub const BASE_VARIANT: &str = "base";
@@ -48,28 +53,74 @@ pub trait Lookup {
 /// Finds the attributes of `implied` in the layers below, nearest first. The result holds only
 /// what differs from the defaults.
 pub fn inherit(
-    implied: &[Vec<u8>],
+    implied: &[ImpliedDirectory],
     below: &mut [Box<dyn Lookup + Send>],
 ) -> io::Result<BTreeMap<Vec<u8>, Attrs>> {
-    let mut inherited = BTreeMap::new();
-    for path in implied {
-        for layer in below.iter_mut() {
-            match layer.look_up(path)? {
-                Found::Absent => {}
-                Found::Other => break,
-                Found::Directory(mut attrs) => {
-                    attrs
-                        .xattrs
-                        .retain(|name, _| !name.starts_with(b"trusted."));
-                    if attrs != Attrs::implied_directory() {
-                        inherited.insert(path.clone(), attrs);
-                    }
-                    break;
-                }
-            }
+    let mut inherited: BTreeMap<Vec<u8>, Attrs> = BTreeMap::new();
+    for directory in implied {
+        let path = &directory.path;
+        let attrs = match find(path, below)? {
+            Some(attrs) => attrs,
+            None => made_in(directory.group.or_else(|| setgid(parent_of(path), &inherited))),
+        };
+        if attrs != Attrs::implied_directory() {
+            inherited.insert(path.clone(), attrs);
         }
     }
     Ok(inherited)
+}
+
+fn find(path: &[u8], below: &mut [Box<dyn Lookup + Send>]) -> io::Result<Option<Attrs>> {
+    for layer in below {
+        match layer.look_up(path)? {
+            Found::Absent => {}
+            Found::Other => return Ok(None),
+            Found::Directory(mut attrs) => {
+                attrs
+                    .xattrs
+                    .retain(|name, _| !name.starts_with(b"trusted."));
+                return Ok(Some(attrs));
+            }
+        }
+    }
+    Ok(None)
+}
+
+/// What mkdir makes in a directory of that setgid group, or in another one.
+fn made_in(group: Option<u32>) -> Attrs {
+    let mut attrs = Attrs::implied_directory();
+    if let Some(group) = group {
+        attrs.mode |= SETGID;
+        attrs.gid = group;
+    }
+    attrs
+}
+
+fn setgid(parent: &[u8], inherited: &BTreeMap<Vec<u8>, Attrs>) -> Option<u32> {
+    let attrs = inherited.get(parent)?;
+    (attrs.mode & SETGID != 0).then_some(attrs.gid)
+}
+
+/// The directories of `tree` that no entry describes, the root aside, parents first.
+pub fn implied_directories(tree: &LayerTree) -> Vec<ImpliedDirectory> {
+    tree.implied_directories()
+        .into_iter()
+        .filter(|path| !path.is_empty())
+        .map(|path| {
+            let parent = tree.lookup(parent_of(&path));
+            let described = parent.filter(|id| tree.directory(*id).is_some_and(|d| !d.implied));
+            let group = described.and_then(|id| {
+                let attrs = &tree.inode(id).attrs;
+                (attrs.mode & SETGID != 0).then_some(attrs.gid)
+            });
+            ImpliedDirectory { path, group }
+        })
+        .collect()
+}
+
+fn parent_of(path: &[u8]) -> &[u8] {
+    let end = path.iter().rposition(|byte| *byte == b'/').unwrap_or(0);
+    &path[..end]
 }
 
 /// Names the variant of a metadata image that has these inherited attributes.
@@ -237,8 +288,12 @@ mod tests {
 
     #[test]
     fn the_nearest_layer_that_knows_the_path_decides() {
-        let implied = [b"a".to_vec(), b"b".to_vec(), b"c".to_vec(), b"d".to_vec()];
-        let mut with_xattr = attrs(0o700);
+        let implied = ["a", "a/under", "b", "c", "d"].map(|path| ImpliedDirectory {
+            path: path.as_bytes().to_vec(),
+            group: (path == "b").then_some(8),
+        });
+        let mut with_xattr = attrs(0o2700);
+        with_xattr.gid = 9;
         with_xattr
             .xattrs
             .insert(b"trusted.overlay.opaque".to_vec(), b"y".to_vec());
@@ -253,8 +308,12 @@ mod tests {
             ]),
         ];
         let inherited = inherit(&implied, &mut below).unwrap();
-        assert_eq!(inherited.len(), 2);
-        assert_eq!(inherited[b"a".as_slice()].mode, 0o700);
+        assert_eq!(inherited.len(), 4);
+        assert_eq!(inherited[b"a".as_slice()].mode, 0o2700);
+        // Nothing below has these two: they are made, in setgid directories.
+        let made = |path: &[u8]| (inherited[path].mode, inherited[path].gid);
+        assert_eq!(made(b"a/under"), (0o2755, 9));
+        assert_eq!(made(b"b"), (0o2755, 8));
         assert_eq!(inherited[b"a".as_slice()].xattrs.len(), 1);
         assert_eq!(inherited[b"c".as_slice()].mode, 0o711);
         assert_ne!(variant_name(&inherited), BASE_VARIANT);

@@ -21,8 +21,9 @@ use tracing::{debug, info, warn};
 use super::{
     Layers, Obtaining,
     dir::LayerDir,
+    implied::implied_directories,
     index,
-    record::{Identity, LayerNumber, LayerRecord, Origin, Verdict},
+    record::{Identity, ImpliedDirectory, LayerNumber, LayerRecord, Origin, Verdict},
     variants,
 };
 use crate::{resolve::reason::NotLazy, store::Durability};
@@ -230,7 +231,7 @@ struct Made {
     blob: Arc<LayerBlob>,
     device_len: u64,
     empty: bool,
-    implied: Vec<Vec<u8>>,
+    implied: Vec<ImpliedDirectory>,
     start_list: StartList,
 }
 
@@ -262,11 +263,7 @@ fn make(
         ..
     } = parsed;
     let device_len = map.decoded_len();
-    let implied: Vec<Vec<u8>> = tree
-        .implied_directories()
-        .into_iter()
-        .filter(|path| !path.is_empty())
-        .collect();
+    let implied = implied_directories(&tree);
     let empty = changes_nothing(&tree);
     if !empty && implied.is_empty() {
         variants::write_base(dir, &tree, device_len)

@@ -109,6 +109,16 @@ pub struct Origin {
     pub manifest: Option<Digest>,
 }
 
+/// A directory that no entry of the layer describes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImpliedDirectory {
+    /// Its path, relative to the root.
+    pub path: Vec<u8>,
+    /// The group of its parent, if an entry describes that one as setgid: what is made in it by
+    /// an unpack gets that group and the bit.
+    pub group: Option<u32>,
+}
+
 /// One layer on this node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayerRecord {
@@ -124,8 +134,8 @@ pub struct LayerRecord {
     pub device_len: u64,
     /// The layer changes nothing: it needs no mount.
     pub empty: bool,
-    /// Directories that the layer implies without describing them, the root aside.
-    pub implied: Vec<Vec<u8>>,
+    /// Directories that the layer implies without describing them, the root aside; parents first.
+    pub implied: Vec<ImpliedDirectory>,
     /// The DiffID to prove: what an image config claims, or what the content turned out to have.
     pub diff_id: Option<Digest>,
     /// What became of the claim.
@@ -212,7 +222,10 @@ mod tests {
             blob_len: 1,
             device_len: 4096,
             empty: false,
-            implied: vec![b"a\xff".to_vec()],
+            implied: vec![ImpliedDirectory {
+                path: b"a\xff".to_vec(),
+                group: Some(7),
+            }],
             diff_id: None,
             verdict: Verdict::Unprovable("sparse".into()),
             ready: true,

@@ -1,0 +1,108 @@
+//! What one image says about a layer is never served to another.
+
+use lab::{Lab, LabOptions};
+use suite::{
+    images::noise,
+    pushed::{PushedImage, PushedLayer, cri_labels},
+    tarball::Tarball,
+};
+
+use crate::fixture::{CONFIG, Fixture, ready, runtime};
+
+fn layer(content: &[u8]) -> PushedLayer {
+    PushedLayer::estargz(
+        &Tarball::new()
+            .file("program", content)
+            .file("padding", &noise(9, 200_000))
+            .finish(),
+    )
+}
+
+/// A registry that serves `forged` under the digest of `genuine`.
+fn forger(fixture: &Fixture, genuine: &PushedLayer, forged: &PushedLayer) -> (Lab, PushedImage) {
+    let lab = Lab::start_blocking(LabOptions::new(fixture.work.sub("forger")))
+        .expect("the forger's registry");
+    let mut pushed = genuine.clone();
+    pushed.descriptor.annotations = forged.descriptor.annotations.clone();
+    pushed.descriptor.size = forged.blob.len() as u64;
+    // The image claims the genuine DiffID: the chain ID is the genuine one.
+    let image = PushedImage::push(&lab, "a/forged", "1", &[pushed]);
+    std::fs::write(lab.store().blob_path(&genuine.digest()), &forged.blob)
+        .expect("other bytes under the digest");
+    (lab, image)
+}
+
+#[test]
+fn a_forged_toc_pulled_first_never_reaches_the_genuine_image() {
+    if !ready() {
+        return;
+    }
+    let fixture = Fixture::new(&format!("{CONFIG}lazy.hydration = \"off\"\n"));
+    let (good, bad) = (layer(b"genuine"), layer(b"forgery"));
+    let genuine = PushedImage::push(&fixture.lab, "a/genuine", "1", &[good.clone()]);
+    let (_lab, forged) = forger(&fixture, &good, &bad);
+    assert_eq!(genuine.chains, forged.chains);
+    runtime().block_on(async {
+        let host = fixture.host("default").await;
+        let read = async |host: &suite::host::Host, parent: &str, name: &str| {
+            let (_, container) = fixture.container(host, parent, name).await;
+            std::fs::read(container.path().join("program")).expect("a file")
+        };
+        let forged_top = fixture.pull_lazily(&host, &forged).await;
+        assert_eq!(read(&host, &forged_top, "forged").await, b"forgery");
+        // The same namespace, with the forger's snapshot still there.
+        let top = fixture.pull_lazily(&host, &genuine).await;
+        assert_ne!(top, forged_top);
+        assert_eq!(read(&host, &top, "genuine").await, b"genuine");
+        // Another namespace.
+        let other = fixture.host("other").await;
+        let top = fixture.pull_lazily(&other, &genuine).await;
+        assert_eq!(read(&other, &top, "genuine").await, b"genuine");
+        // And each finds its own again, whichever was answered last.
+        let again = fixture.pull_lazily(&host, &forged).await;
+        assert_eq!(read(&host, &again, "again").await, b"forgery");
+        let top = fixture.pull_lazily(&host, &genuine).await;
+        assert_eq!(read(&host, &top, "last").await, b"genuine");
+    });
+}
+
+#[test]
+fn a_refuted_layer_gets_no_new_containers() {
+    if !ready() {
+        return;
+    }
+    let fixture = Fixture::new(CONFIG);
+    let (good, bad) = (layer(b"genuine"), layer(b"forgery"));
+    let (_lab, forged) = forger(&fixture, &good, &bad);
+    runtime().block_on(async {
+        let host = fixture.host("default").await;
+        let top = fixture.pull_lazily(&host, &forged).await;
+        let (status, verdicts) = fixture.admin("POST", "/v1/hydrate");
+        assert_eq!(status, 200, "{verdicts}");
+        assert_eq!(verdicts["layers"][0]["verdict"], "refuted", "{verdicts}");
+        let refused = host
+            .prepare(&host.key("c"), &top, std::collections::BTreeMap::new())
+            .await
+            .expect_err("a refuted chain");
+        assert_eq!(refused.code(), tonic::Code::FailedPrecondition);
+        assert!(refused.message().contains(&forged.reference), "{refused}");
+        let digest = good.digest().to_string();
+        assert!(refused.message().contains(&digest), "{refused}");
+        let refused = host
+            .view(&host.key("v"), &top)
+            .await
+            .expect_err("a view of it");
+        assert_eq!(refused.code(), tonic::Code::FailedPrecondition);
+        // Pulled again, it is refused as well.
+        let chain = forged.chains[0].to_string();
+        let refused = host
+            .prepare(
+                &host.key(&format!("extract-1-x {chain}")),
+                "",
+                cri_labels(&forged, 0),
+            )
+            .await
+            .expect_err("the forged layer again");
+        assert_eq!(refused.code(), tonic::Code::FailedPrecondition);
+    });
+}

@@ -1,0 +1,184 @@
+//! Layers that are not lazy, and why.
+
+use std::collections::BTreeMap;
+
+use suite::{
+    host::Came,
+    pushed::{PushedImage, PushedLayer, cri_labels, rpull_labels},
+    tarball::Tarball,
+};
+
+use crate::{
+    fixture::{CONFIG, Fixture, ready, runtime},
+    simple::{base, top},
+};
+
+type Labels = BTreeMap<String, String>;
+
+/// Pulls the image, expects its only layer to be unpacked, and returns the reason shown.
+async fn reason(
+    fixture: &Fixture,
+    image: &PushedImage,
+    labels: impl Fn(&PushedImage, usize) -> Labels,
+) -> String {
+    let host = fixture.host("default").await;
+    let (parent, came) = host.pull(image, labels).await;
+    assert_eq!(came, [Came::Unpacked], "{}", image.reference);
+    let (_, container) = fixture.container(&host, &parent, "c").await;
+    fixture.same_tree(image, container.path(), &[]);
+    drop(container);
+    let (_, layers) = fixture.admin("GET", "/v1/layers");
+    let shown = layers["not_lazy"]
+        .as_array()
+        .expect("a list")
+        .iter()
+        .find(|entry| {
+            entry["snapshot"]
+                .as_str()
+                .is_some_and(|key| key.ends_with(&image.chains[0].to_string()))
+        })
+        .and_then(|entry| entry["why_not"].as_str())
+        .unwrap_or_else(|| panic!("no reason for {} in {layers}", image.reference))
+        .to_owned();
+    assert!(
+        fixture
+            .daemon
+            .log()
+            .contains("remote-snapshot-prepared=\"false\"")
+    );
+    shown
+}
+
+fn one_file(content: &str) -> Vec<u8> {
+    Tarball::new().file("file", content.as_bytes()).finish()
+}
+
+#[test]
+fn each_reason_is_recorded_and_shown() {
+    if !ready() {
+        return;
+    }
+    let fixture = Fixture::new(CONFIG);
+    let lab = &fixture.lab;
+    let push = |name: &str, layer: PushedLayer| PushedImage::push(lab, name, "1", &[layer]);
+    runtime().block_on(async {
+        let image = push("r/none", PushedLayer::estargz(&one_file("none")));
+        let why = reason(&fixture, &image, |image, index| {
+            let mut labels = cri_labels(image, index);
+            labels.retain(|name, _| name == "containerd.io/snapshot.ref");
+            labels
+        })
+        .await;
+        assert!(why.contains("no image labels"), "{why}");
+
+        let image = push("r/plain", PushedLayer::gzip(&one_file("plain")));
+        let why = reason(&fixture, &image, cri_labels).await;
+        assert!(why.contains("no TOC digest"), "{why}");
+        let why_rpull = push("r/plain2", PushedLayer::gzip(&one_file("plain2")));
+        let why = reason(&fixture, &why_rpull, rpull_labels).await;
+        assert!(why.contains("no TOC digest"), "{why}");
+
+        let mut layer = PushedLayer::estargz(&one_file("lied"));
+        let lie = formats::digest::Digest::of(b"another TOC").to_string();
+        layer
+            .descriptor
+            .annotations
+            .insert(formats::oci::ANNOTATION_TOC_DIGEST.to_owned(), lie.clone());
+        let image = push("r/lied", layer);
+        let why = reason(&fixture, &image, cri_labels).await;
+        assert!(why.contains(&lie) && why.contains("has digest"), "{why}");
+
+        let mut layer = PushedLayer::gzip(&one_file("not estargz"));
+        layer
+            .descriptor
+            .annotations
+            .insert(formats::oci::ANNOTATION_TOC_DIGEST.to_owned(), lie.clone());
+        let image = push("r/footer", layer);
+        let why = reason(&fixture, &image, cri_labels).await;
+        assert!(why.contains("index of layer"), "{why}");
+
+        let mut layer = PushedLayer::estargz(&one_file("zstd"));
+        layer.descriptor.media_type = formats::oci::media_type::OCI_LAYER_ZSTD.to_owned();
+        let image = push("r/zstd", layer);
+        let why = reason(&fixture, &image, cri_labels).await;
+        assert!(why.contains("media type"), "{why}");
+
+        let image = push("r/missing", PushedLayer::estargz(&one_file("missing")));
+        let repository = "r/missing".parse().expect("a name");
+        lab.store()
+            .delete_blob(&repository, &image.layers[0].digest())
+            .expect("deleted");
+        let why = reason(&fixture, &image, cri_labels).await;
+        assert!(why.contains("404") || why.contains("not"), "{why}");
+        assert!(why.contains(&image.layers[0].digest().to_string()), "{why}");
+
+        let image = push("r/manifest", PushedLayer::estargz(&one_file("manifest")));
+        let why = reason(&fixture, &image, |image, index| {
+            let mut labels = cri_labels(image, index);
+            labels.insert(
+                "containerd.io/snapshot/cri.manifest-digest".to_owned(),
+                lie.clone(),
+            );
+            labels
+        })
+        .await;
+        assert!(why.contains("manifest of"), "{why}");
+
+        let image = push("r/parallel", PushedLayer::estargz(&one_file("parallel")));
+        let why = reason(&fixture, &image, |image, index| {
+            let mut labels = cri_labels(image, index);
+            labels.insert(
+                "containerd.io/snapshot/parent-chain-id".to_owned(),
+                lie.clone(),
+            );
+            labels
+        })
+        .await;
+        assert!(why.contains("parallel"), "{why}");
+    });
+}
+
+#[test]
+fn a_registry_that_stalls_costs_the_deadline_once() {
+    if !ready() {
+        return;
+    }
+    let fixture = Fixture::new(&format!("{CONFIG}lazy.resolve_timeout = \"2s\"\n"));
+    let image = PushedImage::push(&fixture.lab, "a/stalled", "1", &[base(), top()]);
+    for layer in &image.layers {
+        fixture.lab.stall(layer.digest());
+    }
+    runtime().block_on(async {
+        let host = fixture.host("default").await;
+        let begun = std::time::Instant::now();
+        let (_, came) = host.pull(&image, cri_labels).await;
+        assert_eq!(came, [Came::Unpacked, Came::Unpacked]);
+        // One deadline for both layers, not one each; the rest is the machine's.
+        assert!(begun.elapsed().as_secs_f32() < 3.9, "{:?}", begun.elapsed());
+        let (_, layers) = fixture.admin("GET", "/v1/layers");
+        let why = layers["not_lazy"][1]["why_not"].as_str().expect("a reason");
+        assert!(why.contains("not resolved within 2 s"), "{why}");
+    });
+}
+
+#[test]
+fn a_pull_after_a_failed_one_tries_again() {
+    if !ready() {
+        return;
+    }
+    let fixture = Fixture::new(&format!("{CONFIG}lazy.resolve_timeout = \"1s\"\n"));
+    let image = PushedImage::push(&fixture.lab, "a/again", "1", &[base()]);
+    let rule = fixture.lab.stall(image.layers[0].digest());
+    runtime().block_on(async {
+        let first = fixture.host("first").await;
+        let (_, came) = first.pull(&image, cri_labels).await;
+        assert_eq!(came, [Came::Unpacked]);
+        fixture.lab.release(rule);
+        let second = fixture.host("second").await;
+        let (_, came) = second.pull(&image, cri_labels).await;
+        assert_eq!(came, [Came::Lazily], "{}", fixture.daemon.log());
+        // In the first namespace too: what failed does not stick.
+        let (_, came) = first.pull(&image, cri_labels).await;
+        assert_eq!(came, [Came::Lazily], "{}", fixture.daemon.log());
+    });
+}
