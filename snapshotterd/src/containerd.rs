@@ -203,7 +203,12 @@ impl Containerd {
         )
         .map_err(ContainerdError::Namespace)?;
         let reply = self.bounded("its images", client.list(request)).await?;
-        Ok(reply.into_inner().images.into_iter().filter_map(image).collect())
+        Ok(reply
+            .into_inner()
+            .images
+            .into_iter()
+            .filter_map(image)
+            .collect())
     }
 
     async fn bounded<T>(

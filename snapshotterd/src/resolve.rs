@@ -203,7 +203,11 @@ impl Resolver {
         if let Some(outcome) = state.layers.get(&(digest, label)) {
             return outcome.clone();
         }
-        let (plan, layers, key) = (image.plan.clone(), Arc::clone(&self.layers), image.key.clone());
+        let (plan, layers, key) = (
+            image.plan.clone(),
+            Arc::clone(&self.layers),
+            image.key.clone(),
+        );
         let resolve = async move {
             let plan = plan.await?;
             let planned = plan.layer(digest).ok_or_else(|| NotLazy::NotInManifest {
@@ -262,6 +266,3 @@ fn spawn<T: Clone + Send + Sync + 'static>(
     .boxed()
     .shared()
 }
-
-#[cfg(test)]
-mod tests;

@@ -105,15 +105,14 @@ impl Prove for TocProver {
 impl TocProver {
     /// What was proven is what later claims are compared with.
     fn keep_claim(&self, proven: Digest) -> io::Result<()> {
-        let update = self.opener.table.update(
-            self.number,
-            crate::store::Durability::Soon,
-            move |record| {
-                let news = record.diff_id != Some(proven);
-                record.diff_id = Some(proven);
-                news
-            },
-        );
+        let update =
+            self.opener
+                .table
+                .update(self.number, crate::store::Durability::Soon, move |record| {
+                    let news = record.diff_id != Some(proven);
+                    record.diff_id = Some(proven);
+                    news
+                });
         self.runtime
             .block_on(update)
             .map(drop)

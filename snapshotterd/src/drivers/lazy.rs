@@ -19,11 +19,11 @@ use std::{
 use async_trait::async_trait;
 use tracing::{debug, info, warn};
 
+pub use self::start::start;
 use self::{
     answers::Answers,
     chain::{Chain, Link},
 };
-pub use self::start::start;
 use super::{CreateRequest, Driver, DriverError, Mount, Prepared, overlayfs::Overlayfs};
 use crate::{
     layers::{
@@ -98,7 +98,9 @@ impl Lazy {
         }
         self.layers
             .trusted(&resolved.record, resolved.diff_id)
-            .map_err(|why| DriverError::FailedPrecondition(format!("{}: {why}", announced.image)))?;
+            .map_err(|why| {
+                DriverError::FailedPrecondition(format!("{}: {why}", announced.image))
+            })?;
         if self.only_proven && resolved.record.verdict != Verdict::Proven {
             return Err(NotLazy::Off(format!(
                 "lazy.trust = \"proven\" and layer {} is {} so far",
@@ -279,12 +281,13 @@ impl Lazy {
         let Some(parent) = &request.parent else {
             return Ok(Chain::default());
         };
-        let parent = reader
-            .snapshot(&request.key.sibling(parent))
-            .map_err(|error| match error {
-                StoreError::NotFound { key } => StoreError::ParentNotFound { parent: key },
-                other => other,
-            })?;
+        let parent =
+            reader
+                .snapshot(&request.key.sibling(parent))
+                .map_err(|error| match error {
+                    StoreError::NotFound { key } => StoreError::ParentNotFound { parent: key },
+                    other => other,
+                })?;
         if parent.info.kind != Kind::Committed {
             return Err(StoreError::ParentNotCommitted {
                 parent: parent.info.name,

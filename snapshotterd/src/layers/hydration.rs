@@ -66,7 +66,10 @@ impl Layers {
             if let Some(record) = record
                 && let Err(error) = this.conclude(number, &record).await
             {
-                warn!(error = &error as &dyn std::error::Error, "cannot record a verdict");
+                warn!(
+                    error = &error as &dyn std::error::Error,
+                    "cannot record a verdict"
+                );
             }
         };
         tokio::spawn(watch.instrument(info_span!("hydration", layer = %record.identity.layer)));

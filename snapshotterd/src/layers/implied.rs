@@ -61,7 +61,11 @@ pub fn inherit(
         let path = &directory.path;
         let attrs = match find(path, below)? {
             Some(attrs) => attrs,
-            None => made_in(directory.group.or_else(|| setgid(parent_of(path), &inherited))),
+            None => made_in(
+                directory
+                    .group
+                    .or_else(|| setgid(parent_of(path), &inherited)),
+            ),
         };
         if attrs != Attrs::implied_directory() {
             inherited.insert(path.clone(), attrs);
@@ -226,7 +230,10 @@ fn xattrs(path: &Path) -> io::Result<Xattrs> {
         names => names?,
     };
     let mut xattrs = Xattrs::new();
-    for name in names.split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
+    for name in names
+        .split(|byte| *byte == 0)
+        .filter(|name| !name.is_empty())
+    {
         let name_c = CString::new(name).map_err(|_| Errno::INVAL)?;
         match grow(|buffer| rustix::fs::getxattr(path, name_c.as_c_str(), buffer)) {
             Ok(value) => {
@@ -240,7 +247,9 @@ fn xattrs(path: &Path) -> io::Result<Xattrs> {
 }
 
 /// Calls `read` with a buffer that is large enough.
-fn grow(mut read: impl FnMut(&mut [u8]) -> rustix::io::Result<usize>) -> rustix::io::Result<Vec<u8>> {
+fn grow(
+    mut read: impl FnMut(&mut [u8]) -> rustix::io::Result<usize>,
+) -> rustix::io::Result<Vec<u8>> {
     let mut buffer = vec![0; 4096];
     loop {
         match read(&mut buffer) {
@@ -257,7 +266,7 @@ fn grow(mut read: impl FnMut(&mut [u8]) -> rustix::io::Result<usize>) -> rustix:
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::{PermissionsExt as _, symlink};
+    use std::os::unix::fs::{PermissionsExt, symlink};
 
     use super::*;
 

@@ -171,9 +171,12 @@ impl Mounts {
                 .to_str()
                 .and_then(|name| name.parse().ok())
                 .map(MountNumber);
-            let fits = number.and_then(|number| self.table.mount(number)).is_some_and(|key| {
-                mount.fs_type == EROFS && Path::new(&mount.source) == self.provider.metadata(&key)
-            });
+            let fits = number
+                .and_then(|number| self.table.mount(number))
+                .is_some_and(|key| {
+                    mount.fs_type == EROFS
+                        && Path::new(&mount.source) == self.provider.metadata(&key)
+                });
             let alive = adopted || number.is_some_and(|number| self.marker(number).exists());
             match number {
                 Some(number) if fits && alive => {
@@ -265,7 +268,10 @@ impl Mounts {
     }
 
     async fn mount(&self, number: MountNumber) -> Result<(), MountError> {
-        let key = self.table.mount(number).ok_or(MountError::Unknown(number))?;
+        let key = self
+            .table
+            .mount(number)
+            .ok_or(MountError::Unknown(number))?;
         // Never closed.
         let _permit = self.gate.acquire().await;
         let parts = self

@@ -68,7 +68,10 @@ impl Layers {
 
     /// A layer whose index is here.
     fn known(&self, identity: &Identity) -> Option<Arc<LayerRecord>> {
-        let record = self.table.by_identity(identity).filter(|known| known.ready)?;
+        let record = self
+            .table
+            .by_identity(identity)
+            .filter(|known| known.ready)?;
         // Somebody may have emptied the root below us: better fetched again than refused later.
         let there = self.opener().dir(record.number).toc().exists();
         self.pin(record.number);

@@ -101,7 +101,10 @@ impl Shared {
                 Ok(body) => return Ok(body),
                 // Worth waiting for counts more than gone for good.
                 Err(error) => {
-                    if last.as_ref().is_none_or(|last: &FetchError| !last.is_transient()) {
+                    if last
+                        .as_ref()
+                        .is_none_or(|last: &FetchError| !last.is_transient())
+                    {
                         last = Some(error);
                     }
                 }

@@ -79,12 +79,19 @@ impl Layers {
                 self.table.remove(record.number).await?;
             }
         }
-        let known: HashSet<LayerNumber> =
-            self.table.layers().iter().map(|record| record.number).collect();
+        let known: HashSet<LayerNumber> = self
+            .table
+            .layers()
+            .iter()
+            .map(|record| record.number)
+            .collect();
         let layers = self.opener().layers.clone();
         let removing = tokio::task::spawn_blocking(move || {
             for entry in fs::read_dir(&layers)?.flatten() {
-                let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
+                let number = entry
+                    .file_name()
+                    .to_str()
+                    .and_then(|name| name.parse().ok());
                 let Some(number) = number.map(LayerNumber) else {
                     continue;
                 };
@@ -160,8 +167,8 @@ impl Layers {
     /// The session of a daemon that is gone, only to end it.
     async fn take_over(&self) -> Option<Arc<BlobFs>> {
         let options = &self.blobfs_options;
-        let mounted = mountinfo()
-            .is_ok_and(|mounts| mounts.iter().any(|m| m.target == options.mountpoint));
+        let mounted =
+            mountinfo().is_ok_and(|mounts| mounts.iter().any(|m| m.target == options.mountpoint));
         if !mounted && !options.state_dir.exists() {
             return None;
         }

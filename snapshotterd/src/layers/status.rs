@@ -30,7 +30,10 @@ impl Layers {
         let names = self.names()?;
         let mut snapshots: HashMap<LayerNumber, Vec<&SnapshotKey>> = HashMap::new();
         for (id, lazy) in self.table.snapshots() {
-            snapshots.entry(lazy.layer).or_default().extend(names.get(&id));
+            snapshots
+                .entry(lazy.layer)
+                .or_default()
+                .extend(names.get(&id));
         }
         let layers: Vec<Value> = self
             .table
@@ -61,7 +64,10 @@ impl Layers {
     /// The layers that image `reference` names.
     pub fn image(&self, reference: &str) -> Result<Option<Value>, StoreError> {
         let of_image = |record: &Arc<LayerRecord>| {
-            record.origins.iter().any(|origin| origin.image == reference)
+            record
+                .origins
+                .iter()
+                .any(|origin| origin.image == reference)
         };
         let records: Vec<_> = self.matching(None).into_iter().filter(of_image).collect();
         let names = self.names()?;

@@ -66,9 +66,7 @@ impl Announced {
     }
 
     /// Reads the labels of a Prepare that carries [`SNAPSHOT_REF`].
-    pub fn from_labels(
-        labels: &BTreeMap<String, String>,
-    ) -> Result<Self, NotLazy> {
+    pub fn from_labels(labels: &BTreeMap<String, String>) -> Result<Self, NotLazy> {
         let first = |names: [&str; 2]| {
             names
                 .iter()

@@ -23,7 +23,10 @@ pub struct Registries {
 
 impl Registries {
     /// A client as configured. `environment` holds the proxy variables.
-    pub fn new(config: &config::Registry, environment: &[(String, String)]) -> Result<Self, String> {
+    pub fn new(
+        config: &config::Registry,
+        environment: &[(String, String)],
+    ) -> Result<Self, String> {
         let proxy = ProxyConfig::from_vars(environment.iter().map(|(name, value)| (name, value)))
             .map_err(|error| error.to_string())?;
         let mut docker = DockerConfigOptions::default();
@@ -129,7 +132,9 @@ impl Remote for Registries {
         digest: Digest,
         len: u64,
     ) -> Result<Arc<dyn RangeSource>, RemoteError> {
-        let blob = self.client.blob(reference(image)?.repository(), digest, len);
+        let blob = self
+            .client
+            .blob(reference(image)?.repository(), digest, len);
         Ok(Arc::new(blob))
     }
 }

@@ -42,7 +42,11 @@ impl Answers {
             parent: request.parent.as_deref().unwrap_or_default().to_owned(),
         };
         let mut memory = self.memory.lock();
-        if memory.names.insert(asked.clone(), name.to_owned()).is_none() {
+        if memory
+            .names
+            .insert(asked.clone(), name.to_owned())
+            .is_none()
+        {
             memory.order.push_back(asked);
             if memory.order.len() > REMEMBERED
                 && let Some(oldest) = memory.order.pop_front()
@@ -67,7 +71,10 @@ impl Answers {
                 chain: chain.clone(),
                 parent: info.parent.clone().unwrap_or_default(),
             };
-            let answered = memory.names.get(&asked).is_some_and(|name| *name == info.name);
+            let answered = memory
+                .names
+                .get(&asked)
+                .is_some_and(|name| *name == info.name);
             u8::from(!answered)
         });
     }

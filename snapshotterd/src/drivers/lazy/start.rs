@@ -23,10 +23,7 @@ use crate::{
 
 /// Builds the driver on top of `overlayfs`, which keeps the ordinary layers of mixed chains.
 /// Loads what is known of layers; waits for nothing else.
-pub fn start(
-    context: &Context,
-    overlayfs: Arc<Overlayfs>,
-) -> Result<Arc<dyn Driver>, DriverError> {
+pub fn start(context: &Context, overlayfs: Arc<Overlayfs>) -> Result<Arc<dyn Driver>, DriverError> {
     let config = &context.config;
     if config.lazy.allow_unverified {
         return Err(DriverError::InvalidArgument(
