@@ -230,6 +230,17 @@ async fn sequential(layer: &Layer, name: &str, link: LinkModel) -> Result<()> {
     while at < opened.blob.len() {
         at += read(&opened.blob, at, &mut buf).await? as u64;
     }
+    if std::env::var_os("CACHE_BENCH_LOG").is_some() {
+        for entry in lab.log().entries() {
+            println!(
+                "{:?} {:?} {:?}",
+                entry.time_ms as u64 % 1000000,
+                entry.range,
+                entry.bytes
+            );
+        }
+        println!("{:?}", opened.blob.status());
+    }
     let took = begun.elapsed().as_secs_f64();
     let rate = f(layer.len) * 8.0 / took / 1e6;
     println!(

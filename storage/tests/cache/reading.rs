@@ -149,6 +149,11 @@ async fn a_reader_in_order_is_read_ahead_for() {
         assert!(read(&blob, at, 128 << 10).await.unwrap() == layer.expected(at..at + (128 << 10)));
         at += 128 << 10;
     }
+    let log = source.log();
+    assert!(
+        log.iter().all(|(range, _)| range.start % 4096 == 0),
+        "{log:?}"
+    );
     let windows = layer.blob.len() / (256 << 10);
     assert!(
         source.requests() < windows / 2,

@@ -53,7 +53,7 @@ impl Scripted {
     pub(crate) fn new(bytes: Bytes) -> Arc<Self> {
         Arc::new(Self {
             bytes,
-            piece: 16 << 10,
+            piece: 9_999,
             log: Mutex::default(),
             script: Mutex::default(),
             always: Mutex::new(Act::Serve),

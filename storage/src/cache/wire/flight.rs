@@ -14,7 +14,7 @@ use bytes::Bytes;
 use futures_util::FutureExt as _;
 use tokio::sync::oneshot;
 
-use super::{Ended, Flights, Landing, Wait, Wire};
+use super::{BLOCK, Ended, Flights, Landing, Wait, Wire, align_down};
 use crate::{
     cache::scheduler::Ticket,
     ranges::{FetchError, FetchFailure, RangeBody},
@@ -45,8 +45,10 @@ impl Flight {
         self.start..self.end
     }
 
+    /// What will become present. The block that the next byte falls into has arrived in part, and
+    /// becomes present as a whole.
     pub(super) fn coming(&self) -> Range<u64> {
-        self.at..self.end
+        align_down(self.at, BLOCK)..self.end
     }
 
     pub(super) fn cause(&self) -> Cause {
