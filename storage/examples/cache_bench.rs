@@ -233,8 +233,8 @@ async fn sequential(layer: &Layer, name: &str, link: LinkModel) -> Result<()> {
     if std::env::var_os("CACHE_BENCH_LOG").is_some() {
         for entry in lab.log().entries() {
             println!(
-                "{:?} {:?} {:?}",
-                entry.time_ms as u64 % 1000000,
+                "{:.1} {:?} {:?}",
+                entry.time_ms,
                 entry.range,
                 entry.bytes
             );

@@ -15,7 +15,7 @@ use super::{
     bits::index,
     codec::CorruptError,
     layer::LayerBlob,
-    pool::{Scratch, Urgency},
+    pool::{Scratch, Urgency, room},
     wire::Ended,
 };
 use crate::{
@@ -252,29 +252,32 @@ impl LayerBlob {
     fn decode_group(&self, group: usize, scratch: &mut Scratch) -> Result<(), Failure> {
         let begun = Instant::now();
         let remote = self.group_remote(group);
-        scratch
-            .compressed
-            .resize(index(remote.end - remote.start), 0);
+        let compressed = room(&mut scratch.compressed, index(remote.end - remote.start));
         self.wire
-            .read(&mut scratch.compressed, remote.start)
+            .read(compressed, remote.start)
             .map_err(Failure::Io)?;
         let counters = &self.wire.counters;
-        let members = self.group(group);
-        let codec = self.options.codec;
-        let mut member = codec.member(&scratch.compressed, members.len());
-        for number in members {
-            let chunk = &self.map.chunks()[number];
+        let numbers = self.group(group);
+        let chunks = &self.map.chunks()[numbers.clone()];
+        let mut member = self.options.codec.open(
+            compressed,
+            chunks,
+            &mut scratch.decompressor,
+            &mut scratch.decoded,
+        );
+        for (number, chunk) in numbers.zip(chunks) {
             if self.store.bits.get(number as u64) {
                 continue;
             }
-            member
-                .decode(chunk, &mut scratch.decoded)
-                .map_err(|error| Failure::Corrupt {
-                    chunk: number,
-                    error,
-                })?;
+            let bytes =
+                member
+                    .chunk(chunk, &mut scratch.piece)
+                    .map_err(|error| Failure::Corrupt {
+                        chunk: number,
+                        error,
+                    })?;
             self.store
-                .write(&scratch.decoded, chunk.decoded.0)
+                .write(bytes, chunk.decoded.0)
                 .map_err(Failure::Io)?;
             self.mark_present(number, chunk);
             counters.decoded_chunks.fetch_add(1, Ordering::Relaxed);
@@ -381,9 +384,14 @@ impl LayerBlob {
         self.store.bits.all(range.start as u64..range.end as u64)
     }
 
+    /// The remote bytes that are enough for a group. What lies between its member and the next
+    /// known one may be much more than the member can have.
     pub(crate) fn group_remote(&self, group: usize) -> Range<u64> {
-        let group = self.group(group);
-        let chunks = self.map.chunks();
-        chunks[group.start].remote.0..chunks[group.end - 1].remote_end.0
+        let chunks = &self.map.chunks()[self.group(group)];
+        let (first, last) = (&chunks[0], &chunks[chunks.len() - 1]);
+        let decoded = last.inner.saturating_add(u64::from(last.len));
+        let most = decoded.saturating_add(decoded / 8).saturating_add(1 << 20);
+        let start = first.remote.0;
+        start..last.remote_end.0.min(start.saturating_add(most))
     }
 }

@@ -37,6 +37,8 @@ use crate::{
 };
 
 pub(crate) const PAGE: u64 = 4096;
+/// How far into a member chunks may lie: bounds memory and time for one read.
+const MEMBER_MAX: u64 = 256 << 20;
 /// Places where readers were lately, for hydration to continue at.
 const HINTS: usize = 16;
 
@@ -92,6 +94,16 @@ pub enum OpenError {
         range: Range<u64>,
         /// Length of the blob.
         blob_len: u64,
+    },
+    /// To decode a chunk, more would have to be decoded than is reasonable.
+    #[error("chunk {chunk} ends {needed} decoded bytes into its member, more than {limit}")]
+    TooDeep {
+        /// Index of the chunk.
+        chunk: usize,
+        /// Decoded bytes from the start of the member to the chunk's end.
+        needed: u64,
+        /// What is allowed.
+        limit: u64,
     },
     /// Another [`LayerBlob`] uses the same wire.
     #[error("the layer's wire is in use by another blob")]
@@ -473,6 +485,13 @@ fn check_map(map: &BlobMap, blob_len: u64) -> Result<(), OpenError> {
         }
         (start, end) = (range.start, range.end);
         inner = chunk.inner.saturating_add(u64::from(chunk.len));
+        if inner > MEMBER_MAX {
+            return Err(OpenError::TooDeep {
+                chunk: number,
+                needed: inner,
+                limit: MEMBER_MAX,
+            });
+        }
     }
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 use std::{collections::VecDeque, fmt};
 
+use libdeflater::Decompressor;
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
@@ -9,22 +10,41 @@ use tokio::runtime::Handle;
 /// background chunks.
 const RESERVED: usize = 2;
 
-/// Buffers a worker keeps between jobs.
-#[derive(Debug, Default)]
+/// What a worker keeps between jobs. Buffers hold leftovers and never shrink within a job.
 pub(crate) struct Scratch {
     pub(crate) compressed: Vec<u8>,
     pub(crate) decoded: Vec<u8>,
+    pub(crate) piece: Vec<u8>,
+    pub(crate) decompressor: Decompressor,
 }
 
 impl Scratch {
     const KEEP: usize = 8 << 20;
 
-    fn trim(&mut self) {
-        for buf in [&mut self.compressed, &mut self.decoded] {
-            buf.clear();
-            buf.shrink_to(Self::KEEP);
+    fn new() -> Self {
+        Self {
+            compressed: Vec::new(),
+            decoded: Vec::new(),
+            piece: Vec::new(),
+            decompressor: Decompressor::new(),
         }
     }
+
+    fn trim(&mut self) {
+        for buf in [&mut self.compressed, &mut self.decoded, &mut self.piece] {
+            if buf.len() > Self::KEEP {
+                *buf = Vec::new();
+            }
+        }
+    }
+}
+
+/// The first `len` bytes of a buffer that only grows: what is there is not zeroed again.
+pub(crate) fn room(buf: &mut Vec<u8>, len: usize) -> &mut [u8] {
+    if buf.len() < len {
+        buf.resize(len, 0);
+    }
+    &mut buf[..len]
 }
 
 /// How urgent a job is.
@@ -96,7 +116,7 @@ impl Pool {
     }
 
     fn work(&self) {
-        let mut scratch = Scratch::default();
+        let mut scratch = Scratch::new();
         loop {
             let job = {
                 let mut queues = self.queues.lock();
