@@ -9,12 +9,13 @@ mod watch;
 
 use std::{
     io,
-    os::fd::{BorrowedFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
+use parking_lot::Mutex;
 use storage::source::{BlobSource, BoxFuture, SourceError};
 
 use crate::{
@@ -182,11 +183,11 @@ pub struct BlobFs {
     condition: Condition,
     counters: Arc<Counters>,
     holder: Arc<Client>,
-    watch: HolderWatch,
+    watch: Arc<Mutex<HolderWatch>>,
     /// The session that is mounted comes last; those before it live on under mounts that were made
     /// while they were.
     sessions: Vec<Arc<Server>>,
-    readers: Vec<Readers>,
+    readers: Arc<Mutex<Vec<Readers>>>,
 }
 
 impl BlobFs {
@@ -261,25 +262,30 @@ impl BlobFs {
     /// Lets the holder keep a descriptor for the next daemon (a lock, a listening socket).
     pub fn keep_fd(&self, name: &str, fd: BorrowedFd<'_>) -> Result<(), HolderError> {
         self.holder.put(name, fd)?;
-        self.watch.keep(name, fd);
+        self.watch.lock().keep(name, fd);
         Ok(())
     }
 
     /// A descriptor that a former daemon let the holder keep.
     pub fn kept_fd(&self, name: &str) -> Result<Option<OwnedFd>, HolderError> {
-        self.holder.take(name)
+        let fd = self.holder.take(name)?;
+        if let Some(fd) = &fd {
+            // So that a new holder gets it too.
+            self.watch.lock().keep(name, fd.as_fd());
+        }
+        Ok(fd)
     }
 
     /// Makes the holder let a kept descriptor go.
     pub fn forget_fd(&self, name: &str) -> Result<(), HolderError> {
-        self.watch.forget(name);
+        self.watch.lock().forget(name);
         self.holder.forget(name)
     }
 
     /// Stops serving. With `keep_mounts` readers wait for the next daemon; without, BlobFs is
     /// unmounted (lazily if something still uses it: the users' reads then fail) and the holder
     /// ends. Waits for reads of local bytes under way, for nothing else.
-    pub async fn stop(mut self, keep_mounts: bool) -> Result<(), HelperError> {
+    pub async fn stop(&self, keep_mounts: bool) -> Result<(), HelperError> {
         let mut unmounted = Ok(());
         if !keep_mounts && self.is_alive() {
             // Served until it is gone: an unmount may wait for answers.
@@ -294,29 +300,33 @@ impl BlobFs {
                     .await;
             }
         }
+        let (watch, readers) = (Arc::clone(&self.watch), Arc::clone(&self.readers));
+        let holder = Arc::clone(&self.holder);
+        let sessions = self.sessions.iter().map(|server| server.session().name());
+        let sessions: Vec<_> = sessions.map(str::to_owned).collect();
         let stopped = tokio::task::spawn_blocking(move || {
-            self.watch.stop();
-            for readers in &mut self.readers {
+            watch.lock().stop();
+            for readers in &mut *readers.lock() {
                 readers.stop();
             }
             if !keep_mounts {
-                self.let_go();
+                let_go(&holder, &sessions);
             }
         });
         let _ = stopped.await;
         unmounted
     }
+}
 
-    /// Ends the sessions with the holder, and the holder if nothing else is kept.
-    fn let_go(&self) {
-        for server in &self.sessions {
-            if let Err(e) = self.holder.drop_session(server.session().name()) {
-                tracing::warn!(error = %e, "let a session go");
-            }
+/// Ends the sessions with the holder, and the holder if nothing else is kept.
+fn let_go(holder: &Client, sessions: &[String]) {
+    for session in sessions {
+        if let Err(e) = holder.drop_session(session) {
+            tracing::warn!(error = %e, "let a session go");
         }
-        match self.holder.quit() {
-            Ok(()) => self.holder.reap(),
-            Err(e) => tracing::info!(error = %e, "the holder stays"),
-        }
+    }
+    match holder.quit() {
+        Ok(()) => holder.reap(),
+        Err(e) => tracing::info!(error = %e, "the holder stays"),
     }
 }

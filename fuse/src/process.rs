@@ -37,6 +37,9 @@ impl ThreadId {
 /// Whether SIGKILL is pending for that thread (false when it cannot be told).
 pub(crate) fn kill_is_pending(tid: u32) -> bool {
     const SIGKILL_BIT: u64 = 1 << 8;
+    if tid == 0 {
+        return false; // a thread of another pid namespace, or of the kernel
+    }
     let Ok(status) = fs::read_to_string(format!("/proc/{tid}/status")) else {
         // No such thread: it died, so nobody waits for an answer.
         return true;

@@ -406,9 +406,7 @@ impl Handler for Server {
     }
 
     fn interrupted(&self, unique: u64) {
-        if !self.waiting.lock().contains_key(&unique) {
-            return; // answered, or about to be
-        }
+        // It may not wait yet: another reader can have it in hand. The watch looks later.
         let mut signalled = self.signalled.lock();
         signalled.push(unique);
         if signalled.len() == 1

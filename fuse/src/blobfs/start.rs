@@ -11,6 +11,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use parking_lot::Mutex;
+
 use super::{
     BlobFs, BlobFsOptions, Condition, Nodes, StartError,
     deadline::Deadline,
@@ -97,9 +99,9 @@ pub(super) async fn start(
         condition: build.condition,
         counters,
         holder: build.holder,
-        watch,
+        watch: Arc::new(Mutex::new(watch)),
         sessions: build.servers,
-        readers: build.readers,
+        readers: Arc::new(Mutex::new(build.readers)),
     })
 }
 

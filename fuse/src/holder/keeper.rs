@@ -251,6 +251,25 @@ mod tests {
     }
 
     #[test]
+    fn other_descriptors_are_kept_by_name() {
+        let mut keeper = Keeper::default();
+        let null = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+        ask(&mut keeper, &Packet::named(Kind::Put, "lock"), vec![null]);
+        assert!(!keeper.is_empty());
+        let take = Packet::named(Kind::Take, "lock");
+        assert_eq!(ask(&mut keeper, &take, Vec::new()).2.len(), 1);
+        assert_eq!(ask(&mut keeper, &take, Vec::new()).2.len(), 1, "it stays");
+        ask(
+            &mut keeper,
+            &Packet::named(Kind::Forget, "lock"),
+            Vec::new(),
+        );
+        assert_eq!(ask(&mut keeper, &take, Vec::new()).0, Kind::Absent);
+        let nothing = Packet::named(Kind::Put, "none");
+        assert!(keeper.handle(&nothing, Vec::new()).is_err());
+    }
+
+    #[test]
     fn a_new_holder_goes_on_where_the_old_one_was() {
         let mut old = Keeper::default();
         let (_, _, fds) = ask(&mut old, &Packet::named(Kind::Create, "s"), Vec::new());

@@ -38,6 +38,9 @@ struct NodeScript {
     /// Milliseconds that opening takes.
     #[serde(default)]
     open_ms: u64,
+    /// Constant bytes instead of the pattern: to measure the transport alone.
+    #[serde(default)]
+    plain: bool,
     /// What is not local from the start.
     #[serde(default)]
     regions: Vec<Region>,
@@ -169,7 +172,11 @@ impl BlobSource for Source {
                 return Ok(ReadNow::Pending);
             }
         }
-        pattern::fill(self.script.node, offset, buf);
+        if self.script.plain {
+            buf.fill(0x5a);
+        } else {
+            pattern::fill(self.script.node, offset, buf);
+        }
         Ok(ReadNow::Ready(buf.len()))
     }
 
