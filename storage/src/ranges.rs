@@ -97,6 +97,16 @@ pub enum FetchError {
         /// Offset that the delivered bytes reached.
         reached: u64,
     },
+    /// The blob is larger than what may be held in memory.
+    #[error("{origin} has {len} bytes, at most {limit} are read into memory")]
+    TooLarge {
+        /// The blob.
+        origin: String,
+        /// Its length.
+        len: u64,
+        /// What is allowed.
+        limit: u64,
+    },
     /// A whole blob is not what its digest says.
     #[error("{origin} has digest {actual} instead of {expected}")]
     Digest {
@@ -126,9 +136,10 @@ impl FetchError {
     /// What kind of failure it is.
     pub fn failure(&self) -> FetchFailure {
         match self {
-            Self::OutOfBounds { .. } | Self::Length { .. } | Self::Digest { .. } => {
-                FetchFailure::Invalid
-            }
+            Self::OutOfBounds { .. }
+            | Self::Length { .. }
+            | Self::TooLarge { .. }
+            | Self::Digest { .. } => FetchFailure::Invalid,
             Self::Source { failure, .. } => *failure,
         }
     }

@@ -96,7 +96,9 @@ pub struct ClientOptions {
 impl Default for ClientOptions {
     fn default() -> Self {
         Self {
-            hosts_dirs: vec![PathBuf::from("/etc/containerd/certs.d")],
+            hosts_dirs: ["/etc/containerd/certs.d", "/etc/docker/certs.d"]
+                .map(PathBuf::from)
+                .to_vec(),
             plain_http: Vec::new(),
             proxy: ProxyConfig::default(),
             trusted_roots: TrustedRoots::default(),

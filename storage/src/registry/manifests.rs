@@ -6,7 +6,8 @@ use bytes::Bytes;
 use formats::{
     digest::Digest,
     oci::{
-        Document, HostPlatform, MAX_MANIFEST_BYTES, Manifest, OciError, media_type::MANIFEST_TYPES,
+        Document, HostPlatform, MAX_CONFIG_BYTES, MAX_MANIFEST_BYTES, Manifest, OciError,
+        media_type::MANIFEST_TYPES,
     },
 };
 use http::{
@@ -23,7 +24,7 @@ use super::{
     scope,
 };
 use crate::{
-    ranges::{FetchError, VerifiedBody},
+    ranges::{FetchError, RangeSource as _, VerifiedBody},
     source::Cause,
 };
 
@@ -160,7 +161,8 @@ impl RegistryClient {
         })
     }
 
-    /// A whole small blob (an image config), verified.
+    /// A whole small blob (an image config), verified. One larger than an image config may be
+    /// ([`MAX_CONFIG_BYTES`]) is refused before anybody is asked.
     pub async fn small_blob(
         &self,
         repository: &Repository,
@@ -168,10 +170,13 @@ impl RegistryClient {
         len: u64,
         cause: Cause,
     ) -> Result<Bytes, FetchError> {
-        self.whole_blob(repository, digest, len, cause)
-            .await?
-            .collect()
-            .await
+        let limit = MAX_CONFIG_BYTES as u64;
+        if len > limit {
+            let origin = self.blob(repository, digest, len).origin();
+            return Err(FetchError::TooLarge { origin, len, limit });
+        }
+        let body = self.whole_blob(repository, digest, len, cause).await?;
+        body.collect().await
     }
 
     /// A whole blob as a stream that fails at its end if the digest is wrong.
@@ -197,10 +202,8 @@ impl RegistryClient {
             object: Object::Manifest(name.to_owned()),
         });
         let mut headers = HeaderMap::new();
-        for media_type in MANIFEST_TYPES {
-            headers.append(ACCEPT, HeaderValue::from_static(media_type));
-        }
-        headers.append(ACCEPT, HeaderValue::from_static("*/*;q=0.1"));
+        let accept = format!("{}, */*;q=0.1", MANIFEST_TYPES.join(", "));
+        headers.extend(HeaderValue::try_from(accept).map(|value| (ACCEPT, value)));
         let call = Call {
             method: Method::GET,
             path: format!("/{}/manifests/{name}", repository.name()),

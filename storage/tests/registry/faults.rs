@@ -13,8 +13,8 @@ use storage::{
 };
 
 use crate::server::{
-    Ending, Server, blob, broken, client, client_with_hosts, empty, get, options, part, reply,
-    serve, slice, with,
+    Ending, Server, blob, broken, client, client_with_hosts, dripping, empty, get, options, part,
+    reply, serve, slice, with,
 };
 
 fn impatient() -> RegistryClient {
@@ -139,6 +139,39 @@ async fn a_stalled_body_or_head_is_asked_for_again() {
         .map(|one| one.range().unwrap().start)
         .collect();
     assert_eq!(starts[..3], [0, 20_000, 20_001]);
+}
+
+#[tokio::test]
+async fn a_slow_body_is_no_stall_but_a_trickle_is() {
+    let (data, digest) = blob(100_000);
+    let served = data.clone();
+    let count = AtomicUsize::new(0);
+    let server = Server::start(move |request| {
+        let range = request.range().unwrap();
+        let body = served.slice(range.clone());
+        match count.fetch_add(1, Ordering::Relaxed) {
+            // Longer than the stall timeout, but something comes all the time.
+            0 => dripping(part(&served, range), body, 4000, Duration::from_millis(200)),
+            // A byte now and then.
+            1 => dripping(part(&served, range), body, 1, Duration::from_millis(100)),
+            _ => part(&served, range),
+        }
+    })
+    .await;
+    let client = RegistryClient::new(ClientOptions {
+        stall_timeout: Duration::from_millis(2500),
+        ..options()
+    });
+    let got = get(&client, &server.repository(), (digest, 100_000), 0..80_000)
+        .await
+        .unwrap();
+    assert!(got == data.slice(..80_000));
+    assert_eq!(server.log().len(), 1, "a slow body must not be given up");
+    let got = get(&client, &server.repository(), (digest, 100_000), 0..5000)
+        .await
+        .unwrap();
+    assert!(got == data.slice(..5000));
+    assert_eq!(server.log().len(), 3, "a trickle must be given up");
 }
 
 #[tokio::test]

@@ -5,7 +5,7 @@ use formats::{
     oci::{Descriptor, HostPlatform, Index, Manifest, Platform, media_type},
 };
 use storage::{
-    ranges::FetchFailure,
+    ranges::{FetchError, FetchFailure},
     registry::{ImageError, Reference, RegistryError},
     source::Cause,
 };
@@ -101,8 +101,10 @@ async fn tags_and_digests_are_resolved_without_a_head_request() {
         ["latest", "tag", &digest.to_string(), &digest.to_string()]
     );
     assert!(log.iter().all(|request| request.method == "GET"));
-    let accepted: Vec<_> = log[0].headers.get_all("accept").iter().collect();
-    assert!(accepted.len() >= 4, "{accepted:?}");
+    let accepted = log[0].header("accept").unwrap();
+    for kind in media_type::MANIFEST_TYPES {
+        assert!(accepted.contains(kind), "{accepted}");
+    }
     assert_eq!(client.stats().cause(Cause::Metadata).requests, 4);
 }
 
@@ -237,4 +239,10 @@ async fn small_blobs_are_verified() {
         .small_blob(&repository, Digest::of(b""), 0, Cause::Metadata)
         .await;
     assert!(nothing.unwrap().is_empty());
+    let huge = client
+        .small_blob(&repository, digest, 1 << 40, Cause::Metadata)
+        .await;
+    let error = huge.unwrap_err();
+    assert!(matches!(error, FetchError::TooLarge { .. }), "{error}");
+    assert_eq!(server.log().len(), 2, "nobody was asked for it");
 }

@@ -159,6 +159,9 @@ async fn replies_that_do_not_match_the_request_are_refused() {
             ),
             9 => with(part(&data, 100..200), "content-encoding", "gzip"),
             10 => with(reply(416, ""), "content-range", "bytes */50"),
+            11 => parted("bytes 101-199/1000", &data[101..200]),
+            12 => parted("bytes 99-199/1000", &data[99..200]),
+            13 => parted("bytes 0-9/1000", &data[..10]),
             _ => empty(400),
         }
     })
@@ -175,6 +178,9 @@ async fn replies_that_do_not_match_the_request_are_refused() {
         "multipart",
         "gzip",
         "416",
+        "sent bytes 101..200",
+        "sent bytes 99..200",
+        "sent bytes 0..10",
         "400",
     ]
     .into_iter()

@@ -223,6 +223,22 @@ pub(crate) fn broken(reply: Reply, body: &[u8], after: usize, ending: Ending) ->
     Response::from_parts(head, body)
 }
 
+/// The reply with its body in pieces of `size` bytes, with a pause before each.
+pub(crate) fn dripping(reply: Reply, body: Bytes, size: usize, pause: Duration) -> Reply {
+    let (mut head, _) = reply.into_parts();
+    head.headers
+        .insert(header::CONTENT_LENGTH, body.len().into());
+    let pieces = stream::unfold(body, move |mut rest| async move {
+        if rest.is_empty() {
+            return None;
+        }
+        tokio::time::sleep(pause).await;
+        let piece = rest.split_to(size.min(rest.len()));
+        Some((Ok(Frame::data(piece)), rest))
+    });
+    Response::from_parts(head, StreamBody::new(pieces).boxed_unsync())
+}
+
 /// A 206 for `range` of `data`.
 pub(crate) fn part(data: &[u8], range: Range<usize>) -> Reply {
     let stated = format!("bytes {}-{}/{}", range.start, range.end - 1, data.len());

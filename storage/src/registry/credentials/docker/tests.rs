@@ -196,3 +196,20 @@ fn secrets_do_not_show() {
         "{shown}"
     );
 }
+
+proptest::proptest! {
+    #[test]
+    fn any_configuration_is_used_or_refused(at in 0usize..140, with in proptest::char::any()) {
+        let text = r#"{"auths":{"x.io":{"auth":"YTpi","identitytoken":"t"},"y.io":{"auth":"YTpi"}},
+            "credsStore":"one","credHelpers":{"z.io":"two"}}"#;
+        let mutated: String =
+            text.chars().enumerate().map(|(i, c)| if i == at { with } else { c }).collect();
+        if let Ok(config) = serde_json::from_str::<ConfigFile>(&mutated) {
+            for host in ["x.io", "y.io", "z.io"] {
+                let names = names_of(host);
+                config.stored_for(&names, host);
+                config.helper_for(&names);
+            }
+        }
+    }
+}
