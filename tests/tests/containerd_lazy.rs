@@ -144,7 +144,7 @@ fn allowed() -> Allowed {
         implied.push(deep.clone());
     }
     // An implied directory of an upper layer: an unpack changes its time as well.
-    implied.extend(["private", "tmp"].map(PathBuf::from));
+    implied.extend(["private", "tmp", "opaque"].map(PathBuf::from));
     Allowed { implied }
 }
 
