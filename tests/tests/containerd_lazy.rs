@@ -2,10 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::{
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{path::PathBuf, time::Duration};
 
 use lab::{Lab, LabOptions};
 use suite::{
@@ -87,32 +84,55 @@ impl World {
 
     /// Mounts the image through containerd and lists it.
     fn list(&self, image: &Pushed, snapshotter: &str) -> Listing {
-        let target = self
-            .work
-            .sub(&format!("m-{snapshotter}-{}", image.digest.hex()));
-        self.mount(image, snapshotter, &target);
+        let name = format!("view-{snapshotter}-{}", image.digest.hex());
+        let target = self.work.sub(&name);
+        let path = target.display().to_string();
+        if self.containerd.line() != Line::V1_6 {
+            let images = [
+                "images",
+                "mount",
+                "--snapshotter",
+                snapshotter,
+                &image.reference,
+                &path,
+            ];
+            self.containerd.ctr(images);
+            let listing = listing::list(&target).unwrap();
+            self.containerd.ctr([
+                "images",
+                "unmount",
+                "--rm",
+                "--snapshotter",
+                snapshotter,
+                &path,
+            ]);
+            return listing;
+        }
+        // `ctr images mount` of 1.6 ignores the snapshotter it is given: view, and mount by hand.
+        let chain = formats::oci::chain_ids(&image.config.rootfs.diff_ids)
+            .pop()
+            .unwrap()
+            .to_string();
+        let snapshots = ["snapshots", "--snapshotter", snapshotter];
+        let call = |args: &[&str]| self.containerd.ctr(snapshots.iter().chain(args));
+        call(&["view", &name, &chain]);
+        // Nothing refers to the view: without this the garbage collector may take it at any time.
+        call(&["label", &name, "containerd.io/gc.root=test"]);
+        let command = call(&["mounts", &path, &name]);
+        let mounted = std::process::Command::new("sh")
+            .arg("-c")
+            .arg(&command)
+            .output()
+            .unwrap();
+        assert!(
+            mounted.status.success(),
+            "{command}: {}",
+            String::from_utf8_lossy(&mounted.stderr)
+        );
         let listing = listing::list(&target).unwrap();
-        self.containerd.ctr([
-            Path::new("images"),
-            Path::new("unmount"),
-            Path::new("--rm"),
-            Path::new("--snapshotter"),
-            Path::new(snapshotter),
-            &target,
-        ]);
+        rustix::mount::unmount(&target, rustix::mount::UnmountFlags::empty()).unwrap();
+        call(&["rm", &name]);
         listing
-    }
-
-    fn mount(&self, image: &Pushed, snapshotter: &str, target: &Path) {
-        let target = target.display().to_string();
-        self.containerd.ctr([
-            "images",
-            "mount",
-            "--snapshotter",
-            snapshotter,
-            &image.reference,
-            &target,
-        ]);
     }
 
     fn lazy_layers(&self) -> Vec<serde_json::Value> {
