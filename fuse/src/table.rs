@@ -20,6 +20,7 @@ use std::{
 use parking_lot::Mutex;
 
 pub(crate) use fence::Fence;
+pub(crate) use handles::Granted;
 pub(crate) use records::{RecordIndex, Request, boottime_ns};
 
 use crate::sys::map::{SharedMap, WORD};

@@ -191,10 +191,7 @@ impl Server {
         };
         if request.fh != 0 {
             // A former daemon gave it a handle; whether its answer went out, the kernel knows.
-            if self.session.table().reopen_handle(request.fh, number) {
-                self.nodes.add_handle(number);
-            }
-            return ticket.answer_bytes(&abi::open_out(request.fh, FOPEN_DIRECT_IO));
+            return self.opened(ticket, number);
         }
         if self.nodes.size(number).is_none() {
             return self.fail(ticket, Errno::NOENT.raw_os_error());
@@ -212,11 +209,13 @@ impl Server {
     }
 
     fn opened(&self, ticket: Ticket, number: u64) {
-        let Some(fh) = ticket.open_handle(number) else {
+        let Some(granted) = ticket.grant_handle(number) else {
             return self.fail(ticket, Errno::NFILE.raw_os_error());
         };
-        self.nodes.add_handle(number);
-        ticket.answer_bytes(&abi::open_out(fh, FOPEN_DIRECT_IO));
+        if granted.new {
+            self.nodes.add_handle(number);
+        }
+        ticket.answer_bytes(&abi::open_out(granted.fh, FOPEN_DIRECT_IO));
     }
 
     /// Goes on with a request on the runtime, within the deadline; holds no thread meanwhile.

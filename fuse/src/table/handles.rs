@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{
-    RecordIndex, Table,
+    RecordIndex, Request, Table,
     layout::{HANDLE_BYTES, HANDLES_OFFSET, MAX_HANDLES},
     steps::arrow,
 };
@@ -19,6 +19,17 @@ pub(super) struct Free {
     fresh: u32,
 }
 
+/// Flag of a recorded OPEN (no flag of open(2) is as high): its handle's entry was made.
+pub(super) const HANDLE_MADE: u32 = 1 << 31;
+
+/// A handle that an OPEN is answered with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Granted {
+    pub(crate) fh: u64,
+    /// It was not in the table before.
+    pub(crate) new: bool,
+}
+
 /// A handle that a RELEASE closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Closed {
@@ -27,22 +38,43 @@ pub(crate) struct Closed {
 }
 
 impl Table {
-    /// Opens a handle on `node` for the OPEN in `record`: first the record gets its number, then
-    /// the table its entry, so that a replay of that record finds or makes the same handle and
-    /// none is left behind. `None`: all are in use.
-    pub(crate) fn open_handle(&self, record: RecordIndex, node: u64) -> Option<u64> {
-        let index = self.handles.lock().take()?;
-        let reuse = abi::low(entry(self.head(), index)[0].load(Ordering::Relaxed) >> 1);
-        let fh = abi::word(index + 1, reuse.wrapping_add(1));
-        self.set_record_handle(record, fh);
-        arrow("record has the handle");
-        self.reopen_handle(fh, node);
+    /// Opens a handle on `node` for an OPEN. `None`: all are in use.
+    ///
+    /// The record gets the handle's number, the table its entry, the record the mark that the
+    /// entry was made; only then the OPEN may be answered. So a replay finds or makes the same
+    /// handle and none is left behind; and it does not make a handle again whose answer went out
+    /// and which was released since, while the record of its OPEN was not yet free.
+    pub(crate) fn grant_handle(
+        &self,
+        record: RecordIndex,
+        request: &Request,
+        node: u64,
+    ) -> Option<Granted> {
+        if request.fh != 0 && request.flags & HANDLE_MADE != 0 {
+            return Some(Granted {
+                fh: request.fh,
+                new: false,
+            });
+        }
+        let fh = if request.fh == 0 {
+            let index = self.handles.lock().take()?;
+            let reuse = abi::low(entry(self.head(), index)[0].load(Ordering::Relaxed) >> 1);
+            let fh = abi::word(index + 1, reuse.wrapping_add(1));
+            self.set_record_handle(record, fh);
+            arrow("record has the handle");
+            fh
+        } else {
+            request.fh
+        };
+        let new = self.make_handle(fh, node);
         arrow("table has the handle");
-        Some(fh)
+        self.mark_handle_made(record, request);
+        arrow("record knows it");
+        Some(Granted { fh, new })
     }
 
-    /// Makes the handle of a recorded OPEN again, if it is not there. False: it was there.
-    pub(crate) fn reopen_handle(&self, fh: u64, node: u64) -> bool {
+    /// Makes an entry, if it is not there. False: it was there.
+    fn make_handle(&self, fh: u64, node: u64) -> bool {
         let Some((index, reuse)) = split(fh) else {
             return false;
         };
@@ -135,18 +167,25 @@ fn entry(head: &SharedMap, index: u32) -> &[AtomicU64] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::table::{Request, scratch};
+    use crate::table::scratch;
+
+    fn open(table: &Table, record: RecordIndex, node: u64) -> u64 {
+        let granted = table.grant_handle(record, &Request::default(), node);
+        let granted = granted.unwrap();
+        assert!(granted.new);
+        granted.fh
+    }
 
     #[test]
     fn release_is_idempotent_and_numbers_do_not_come_back() {
         let table = Table::open(scratch(), 0).unwrap();
         let record = table.reserve().unwrap();
         table.write(record, &Request::default());
-        let first = table.open_handle(record, 7).unwrap();
+        let first = open(&table, record, 7);
         assert_eq!(table.open_nodes(), [7]);
         assert_eq!(table.close_handle(first), Some(Closed { node: 7 }));
         assert_eq!(table.close_handle(first), None);
-        let second = table.open_handle(record, 8).unwrap();
+        let second = open(&table, record, 8);
         assert_ne!(first, second);
         assert_eq!(
             table.close_handle(first),
@@ -165,8 +204,8 @@ mod tests {
         let table = Table::open(fd.try_clone().unwrap(), 0).unwrap();
         let record = table.reserve().unwrap();
         table.write(record, &Request::default());
-        let kept = table.open_handle(record, 7).unwrap();
-        let closed = table.open_handle(record, 8).unwrap();
+        let kept = open(&table, record, 7);
+        let closed = open(&table, record, 8);
         table.close_handle(closed);
         drop(table);
         let table = Table::open(fd, 1).unwrap();
@@ -174,11 +213,25 @@ mod tests {
         // A record names handle number 3 of slot 5, which never reached the table.
         let recorded = abi::word(6, 3);
         table.claim_handle(recorded);
-        assert!(table.reopen_handle(recorded, 9));
-        assert!(!table.reopen_handle(recorded, 9));
+        let mut request = Request {
+            fh: recorded,
+            ..Request::default()
+        };
+        let again = |request: &Request| table.grant_handle(record, request, 9).unwrap();
+        let (fh, new) = (recorded, true);
+        assert_eq!(again(&request), Granted { fh, new });
+        assert_eq!(again(&request), Granted { fh, new: false });
+        table.close_handle(fh);
+        request.flags = HANDLE_MADE;
+        assert_eq!(
+            again(&request),
+            Granted { fh, new: false },
+            "it was released"
+        );
+        assert_eq!(table.open_nodes(), [7]);
         let mut given = vec![kept, recorded];
         for _ in 0..8 {
-            given.push(table.open_handle(record, 1).unwrap());
+            given.push(open(&table, record, 1));
         }
         given.sort_unstable();
         given.dedup();

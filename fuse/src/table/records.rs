@@ -8,6 +8,7 @@ use std::{
 
 use super::{
     Table, TableError, allocate,
+    handles::HANDLE_MADE,
     layout::{
         LANDING_BYTES, MAX_READERS, MAX_SEGMENTS, RECORD_BYTES, RECORDS_OFFSET, SEGMENT_BYTES,
         SEGMENT_RECORDS, header, landing,
@@ -29,7 +30,7 @@ pub(crate) struct Request {
     /// The kernel's number; an answer carries it.
     pub(crate) unique: u64,
     pub(crate) opcode: u32,
-    /// Open flags.
+    /// Open flags; of a recorded OPEN with `HANDLE_MADE`.
     pub(crate) flags: u32,
     pub(crate) node: u64,
     /// File handle; of an OPEN the one given out, 0 before that.
@@ -110,7 +111,7 @@ impl Table {
                 request.size = abi::low(at(7));
             }
             op::RELEASE | op::RELEASEDIR => request.fh = at(5),
-            op::OPEN => request.flags = abi::low(at(5)),
+            op::OPEN => request.flags = abi::low(at(5)) & !HANDLE_MADE,
             op::INTERRUPT => request.offset = at(5),
             op::LOOKUP => {
                 // The name ends with a zero byte.
@@ -241,6 +242,11 @@ impl Table {
 
     pub(super) fn set_record_handle(&self, record: RecordIndex, fh: u64) {
         self.record_words(record)[4].store(fh, Ordering::Release);
+    }
+
+    pub(super) fn mark_handle_made(&self, record: RecordIndex, request: &Request) {
+        let marked = abi::word(request.opcode, request.flags | HANDLE_MADE);
+        self.record_words(record)[2].store(marked, Ordering::Release);
     }
 
     /// Rebuilds the free list; refuses a table with a state that does not exist.

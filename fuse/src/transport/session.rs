@@ -19,7 +19,7 @@ use crate::{
         abi::op,
         arena::{Arena, Buffer},
     },
-    table::{RecordIndex, Request, Table, layout, steps::arrow},
+    table::{Granted, RecordIndex, Request, Table, layout, steps::arrow},
 };
 
 /// A FUSE session as the daemon serves it.
@@ -205,10 +205,10 @@ impl Ticket {
         &self.request
     }
 
-    /// Opens a handle on `node` for the OPEN this is. `None`: all handles are in use.
-    pub(crate) fn open_handle(&self, node: u64) -> Option<u64> {
-        let record = self.record?;
-        self.session.table.open_handle(record, node)
+    /// The handle on `node` for the OPEN this is. `None`: all handles are in use.
+    pub(crate) fn grant_handle(&self, node: u64) -> Option<Granted> {
+        let table = &self.session.table;
+        table.grant_handle(self.record?, &self.request, node)
     }
 
     /// Answers with the first `len` payload bytes of `buffer`, which comes from
