@@ -25,6 +25,9 @@ use crate::{
 /// How long requests in progress may go on after the end was asked for.
 const DRAIN: Duration = Duration::from_secs(5);
 
+/// Requests at once on one connection.
+const STREAMS: u32 = 4096;
+
 /// A running daemon. Dropping it without [`Daemon::stop`] ends serving and leaves mounts alone, as
 /// a kill would.
 #[derive(Debug)]
@@ -137,6 +140,8 @@ impl Daemon {
         let (stop_serving, stopped) = oneshot::channel::<()>();
         let serving = tokio::spawn(
             tonic::transport::Server::builder()
+                // containerd sends everything over one connection.
+                .max_concurrent_streams(STREAMS)
                 .add_service(service.into_server())
                 .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async {
                     // A dropped sender means the same.

@@ -1,6 +1,6 @@
 //! What stores snapshots: one [`Driver`] per kind of storage.
 //!
-//! A driver owns the data of its snapshots and calls the [`Store`](crate::store::Store) itself,
+//! A driver owns the data of its snapshots and calls the [`Store`] itself,
 //! because only it knows what has to exist before a snapshot is recorded and what may be deleted
 //! after it is gone. The service owns everything that is the same for all drivers: Stat, Update
 //! and List, deadlines, error codes, names.

@@ -2,17 +2,21 @@
 //!
 //! Levels: `error` the daemon cannot do its work; `warn` something was degraded or refused that
 //! an operator should know of; `info` what changes (starts, stops, layers that became lazy or not);
-//! `debug` every request; `trace` the inside of one.
+//! `debug` every request; `trace` the inside of one. Libraries only warn, unless directives say more.
 
 use std::io;
 
+use tracing::level_filters::LevelFilter;
 use tracing_subscriber::{EnvFilter, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
 use crate::config::{Log, LogFormat};
 
+/// The crates whose log lines are ours.
+const OURS: [&str; 4] = ["snapshotterd", "storage", "fuse", "formats"];
+
 /// Starts logging as configured. Fails when logging was started before in this process.
 pub fn start(log: &Log) -> Result<(), String> {
-    let filter = EnvFilter::try_new(&log.level).map_err(|error| error.to_string())?;
+    let filter = filter(&log.level)?;
     let registry = tracing_subscriber::registry().with(filter);
     let layer = tracing_subscriber::fmt::layer().with_writer(io::stderr);
     match log.format {
@@ -34,9 +38,23 @@ pub fn check(level: &str) -> Result<(), String> {
     if level.trim().is_empty() {
         return Err("must not be empty".to_owned());
     }
-    EnvFilter::try_new(level)
-        .map(drop)
-        .map_err(|error| format!("{level:?}: {error}"))
+    filter(level).map(drop)
+}
+
+/// A plain level is that of our own crates; libraries then only warn. Anything longer is taken as
+/// the directives that it is.
+fn filter(level: &str) -> Result<EnvFilter, String> {
+    let directives = match level.parse::<LevelFilter>() {
+        Ok(level) if level > LevelFilter::WARN => {
+            let mut directives = "warn".to_owned();
+            for ours in OURS {
+                directives.push_str(&format!(",{ours}={level}"));
+            }
+            directives
+        }
+        _ => level.to_owned(),
+    };
+    EnvFilter::try_new(directives).map_err(|error| format!("{level:?}: {error}"))
 }
 
 /// An error with its causes on one line.
@@ -49,4 +67,22 @@ pub fn chain(error: &dyn std::error::Error) -> String {
         source = cause.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_plain_level_does_not_make_libraries_talk() -> Result<(), String> {
+        let filter = filter("debug")?.to_string();
+        assert!(filter.contains("snapshotterd=debug"), "{filter}");
+        assert!(
+            filter.split(',').any(|directive| directive == "warn"),
+            "{filter}"
+        );
+        assert_eq!(super::filter("h2=trace")?.to_string(), "h2=trace");
+        assert!(check("info,=").is_err() && check(" ").is_err());
+        Ok(())
+    }
 }

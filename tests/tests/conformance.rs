@@ -68,3 +68,32 @@ cases! {
     list_in_pages: extra::list_in_pages;
     whiteouts_over_four_layers: extra::whiteouts_over_four_layers;
 }
+
+/// The original, in Go, where `tests/peers/build testsuite` has built it.
+#[test]
+fn containerds_own_suite() {
+    if !machine::is_root() {
+        return skip("mounting needs root");
+    }
+    let program = machine::cache_dir().join("peers/snapshots-testsuite/suite.test");
+    if !program.exists() {
+        return skip("containerd's own suite is not built (tests/peers/build testsuite; needs Go)");
+    }
+    if !isolate::enter(240) {
+        return;
+    }
+    let work = Workdir::new();
+    let daemon = Daemon::start(&work.sub("d"), CONFIG);
+    let output = std::process::Command::new(program)
+        .arg("-test.v")
+        .env("SNAPSHOTS_SOCKET", daemon.socket())
+        .env("TMPDIR", work.sub("w"))
+        .output()
+        .expect("the suite starts");
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{said}");
+    assert!(
+        said.matches("--- PASS: TestSnapshotter/").count() >= 21,
+        "{said}"
+    );
+}

@@ -351,3 +351,39 @@ fn configuration_commands() {
         "{said}"
     );
 }
+
+#[test]
+fn the_supervisor_is_told() {
+    if !machine::is_root() {
+        return skip("the daemon needs root");
+    }
+    let work = Workdir::new();
+    let path = work.path().join("notify");
+    let socket = std::os::unix::net::UnixDatagram::bind(&path).expect("a socket");
+    socket
+        .set_read_timeout(Some(Duration::from_secs(20)))
+        .expect("a timeout");
+    let config = work.path().join("c.toml");
+    std::fs::write(&config, CONFIG).expect("a file");
+    let mut command = Command::new(binary("snapshotterd"));
+    command.arg("--config").arg(config);
+    for (flag, name) in [("--root", "r"), ("--state", "s"), ("--lowers", "l")] {
+        command.arg(flag).arg(work.path().join(name));
+    }
+    command.env("NOTIFY_SOCKET", &path);
+    let mut daemon =
+        suite::process::Process::start("snapshotterd", &mut command, &work.path().join("log"))
+            .expect("snapshotterd starts");
+    let mut buffer = [0; 256];
+    let mut told = || {
+        let length = socket.recv(&mut buffer).expect("a message");
+        String::from_utf8_lossy(&buffer[..length]).into_owned()
+    };
+    assert!(told().starts_with("READY=1\n"));
+    // READY means that requests are answered.
+    let sn = Snapshotter::connect(&work.path().join("s/snapshotterd.sock"), "x");
+    assert_eq!(sn.list(&[]).expect("list"), []);
+    let ended = daemon.terminate(Duration::from_secs(15)).expect("it ends");
+    assert!(ended.success(), "{ended}");
+    assert_eq!(told(), "STOPPING=1");
+}
