@@ -46,11 +46,8 @@ pub fn check(level: &str) -> Result<(), String> {
 fn filter(level: &str) -> Result<EnvFilter, String> {
     let directives = match level.parse::<LevelFilter>() {
         Ok(level) if level > LevelFilter::WARN => {
-            let mut directives = "warn".to_owned();
-            for ours in OURS {
-                directives.push_str(&format!(",{ours}={level}"));
-            }
-            directives
+            let ours = OURS.map(|name| format!("{name}={level}"));
+            format!("warn,{}", ours.join(","))
         }
         _ => level.to_owned(),
     };

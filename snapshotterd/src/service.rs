@@ -19,6 +19,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status};
 use tracing::Instrument as _;
 
+use self::{list::Listing, messages::Origin};
 use crate::{
     api::snapshots::{
         CleanupRequest, CommitSnapshotRequest, ListSnapshotsRequest, ListSnapshotsResponse,
@@ -153,7 +154,7 @@ impl Snapshots {
             kind,
             parent: messages::optional(parent),
             labels,
-            namespace: call.namespace.clone(),
+            namespace: call.origin.namespace.clone(),
         };
         self.run(call, async move {
             let reference = request.labels.get(SNAPSHOT_REF).cloned();
@@ -186,9 +187,9 @@ impl snapshots_server::Snapshots for Snapshots {
         &self,
         request: Request<PrepareSnapshotRequest>,
     ) -> Result<Response<PrepareSnapshotResponse>, Status> {
-        let namespace = messages::namespace(&request);
+        let origin = messages::origin(&request);
         let request = request.into_inner();
-        let call = Call::new("Prepare", request.snapshotter, request.key, namespace)?;
+        let call = Call::new("Prepare", request.snapshotter, request.key, origin)?;
         let mounts = self
             .create(call, Kind::Active, request.parent, request.labels)
             .await?;
@@ -201,9 +202,9 @@ impl snapshots_server::Snapshots for Snapshots {
         &self,
         request: Request<ViewSnapshotRequest>,
     ) -> Result<Response<ViewSnapshotResponse>, Status> {
-        let namespace = messages::namespace(&request);
+        let origin = messages::origin(&request);
         let request = request.into_inner();
-        let call = Call::new("View", request.snapshotter, request.key, namespace)?;
+        let call = Call::new("View", request.snapshotter, request.key, origin)?;
         let mounts = self
             .create(call, Kind::View, request.parent, request.labels)
             .await?;
@@ -216,9 +217,9 @@ impl snapshots_server::Snapshots for Snapshots {
         &self,
         request: Request<MountsRequest>,
     ) -> Result<Response<MountsResponse>, Status> {
-        let namespace = messages::namespace(&request);
+        let origin = messages::origin(&request);
         let request = request.into_inner();
-        let call = Call::new("Mounts", request.snapshotter, request.key, namespace)?;
+        let call = Call::new("Mounts", request.snapshotter, request.key, origin)?;
         let driver = self.driver(&call.key.snapshotter)?;
         let key = call.key.clone();
         let mounts = self
@@ -233,9 +234,9 @@ impl snapshots_server::Snapshots for Snapshots {
         &self,
         request: Request<CommitSnapshotRequest>,
     ) -> Result<Response<()>, Status> {
-        let namespace = messages::namespace(&request);
+        let origin = messages::origin(&request);
         let request = request.into_inner();
-        let call = Call::new("Commit", request.snapshotter, request.key, namespace)?;
+        let call = Call::new("Commit", request.snapshotter, request.key, origin)?;
         let driver = self.driver(&call.key.snapshotter)?;
         let commit = CommitSnapshot {
             key: call.key.clone(),
@@ -253,9 +254,9 @@ impl snapshots_server::Snapshots for Snapshots {
         &self,
         request: Request<RemoveSnapshotRequest>,
     ) -> Result<Response<()>, Status> {
-        let namespace = messages::namespace(&request);
+        let origin = messages::origin(&request);
         let request = request.into_inner();
-        let call = Call::new("Remove", request.snapshotter, request.key, namespace)?;
+        let call = Call::new("Remove", request.snapshotter, request.key, origin)?;
         let driver = self.driver(&call.key.snapshotter)?;
         let key = call.key.clone();
         self.run(call, async move { driver.remove(&key).await })
@@ -267,9 +268,9 @@ impl snapshots_server::Snapshots for Snapshots {
         &self,
         request: Request<StatSnapshotRequest>,
     ) -> Result<Response<StatSnapshotResponse>, Status> {
-        let namespace = messages::namespace(&request);
+        let origin = messages::origin(&request);
         let request = request.into_inner();
-        let call = Call::new("Stat", request.snapshotter, request.key, namespace)?;
+        let call = Call::new("Stat", request.snapshotter, request.key, origin)?;
         let driver = self.driver(&call.key.snapshotter)?;
         let (store, key) = (self.store.clone(), call.key.clone());
         let info = self
@@ -288,13 +289,13 @@ impl snapshots_server::Snapshots for Snapshots {
         &self,
         request: Request<UpdateSnapshotRequest>,
     ) -> Result<Response<UpdateSnapshotResponse>, Status> {
-        let namespace = messages::namespace(&request);
+        let origin = messages::origin(&request);
         let request = request.into_inner();
         let info = request
             .info
             .ok_or_else(|| Status::invalid_argument("info is missing"))?;
         let mask = request.update_mask.unwrap_or_default().paths;
-        let call = Call::new("Update", request.snapshotter, info.name, namespace)?;
+        let call = Call::new("Update", request.snapshotter, info.name, origin)?;
         let driver = self.driver(&call.key.snapshotter)?;
         let (store, key) = (self.store.clone(), call.key.clone());
         let info = self
@@ -318,10 +319,27 @@ impl snapshots_server::Snapshots for Snapshots {
         &self,
         request: Request<ListSnapshotsRequest>,
     ) -> Result<Response<Self::ListStream>, Status> {
-        let namespace = messages::namespace(&request);
+        let origin = messages::origin(&request);
         let request = request.into_inner();
+        let call = Call::new(
+            "List",
+            request.snapshotter.clone(),
+            String::new(),
+            origin.clone(),
+        )?;
         let driver = self.driver(&request.snapshotter)?;
-        let stream = list::start(&self.store, driver, request, namespace, self.timeout)?;
+        let (service, span, started) = (self.clone(), call.span(), Instant::now());
+        let done = move |error: Option<&Status>| {
+            service.finished(call.method, started, &span, error);
+        };
+        let listing = Listing::new(&self.store, driver, request, origin.namespace, self.timeout);
+        let stream = match listing {
+            Ok(listing) => listing.stream(done),
+            Err(error) => {
+                done(Some(&error));
+                return Err(error);
+            }
+        };
         Ok(Response::new(stream))
     }
 
@@ -329,9 +347,9 @@ impl snapshots_server::Snapshots for Snapshots {
         &self,
         request: Request<UsageRequest>,
     ) -> Result<Response<UsageResponse>, Status> {
-        let namespace = messages::namespace(&request);
+        let origin = messages::origin(&request);
         let request = request.into_inner();
-        let call = Call::new("Usage", request.snapshotter, request.key, namespace)?;
+        let call = Call::new("Usage", request.snapshotter, request.key, origin)?;
         let driver = self.driver(&call.key.snapshotter)?;
         let key = call.key.clone();
         let usage = self
@@ -341,10 +359,10 @@ impl snapshots_server::Snapshots for Snapshots {
     }
 
     async fn cleanup(&self, request: Request<CleanupRequest>) -> Result<Response<()>, Status> {
-        let namespace = messages::namespace(&request);
+        let origin = messages::origin(&request);
         let request = request.into_inner();
         let driver = self.driver(&request.snapshotter)?;
-        let call = Call::new("Cleanup", request.snapshotter, String::new(), namespace)?;
+        let call = Call::new("Cleanup", request.snapshotter, String::new(), origin)?;
         match self.run(call, async move { driver.cleanup().await }).await {
             // Deleting goes on; containerd has nothing to do about it.
             Err(status) if status.code() == Code::DeadlineExceeded => Ok(Response::new(())),
@@ -358,7 +376,7 @@ impl snapshots_server::Snapshots for Snapshots {
 struct Call {
     method: &'static str,
     key: SnapshotKey,
-    namespace: Option<String>,
+    origin: Origin,
 }
 
 impl Call {
@@ -366,7 +384,7 @@ impl Call {
         method: &'static str,
         snapshotter: String,
         key: String,
-        namespace: Option<String>,
+        origin: Origin,
     ) -> Result<Self, Status> {
         if snapshotter.is_empty() {
             return Err(Status::invalid_argument("the snapshotter is not named"));
@@ -374,7 +392,7 @@ impl Call {
         Ok(Self {
             method,
             key: SnapshotKey::new(snapshotter, key),
-            namespace,
+            origin,
         })
     }
 
@@ -384,7 +402,8 @@ impl Call {
             method = self.method,
             snapshotter = &*self.key.snapshotter,
             snapshot = &*self.key.key,
-            namespace = self.namespace.as_deref().unwrap_or_default(),
+            namespace = self.origin.namespace,
+            trace = self.origin.trace,
         )
     }
 }

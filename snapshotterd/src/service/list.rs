@@ -20,53 +20,60 @@ const AHEAD: usize = 2;
 
 type Message = Result<ListSnapshotsResponse, Status>;
 
-pub(super) fn start(
-    store: &Store,
-    driver: Arc<dyn Driver>,
-    request: ListSnapshotsRequest,
-    namespace: Option<String>,
-    timeout: Duration,
-) -> Result<ReceiverStream<Message>, Status> {
-    let fail = |error: StoreError| status::of(&DriverError::Store(error));
-    let filter = Filter::parse(&request.filters).map_err(|error| fail(error.into()))?;
-    let reader = store.read().map_err(fail)?;
-    let (sender, receiver) = mpsc::channel(AHEAD);
-    let listing = Listing {
-        reader,
-        driver,
-        snapshotter: request.snapshotter,
-        namespace,
-        filter,
-        sender: sender.clone(),
-        deadline: Instant::now() + timeout,
-    };
-    tokio::spawn(async move {
-        let handle = Handle::current();
-        let end = tokio::task::spawn_blocking(move || listing.run(&handle)).await;
-        // An incomplete list must never look complete.
-        let error = match end {
-            Ok(Ok(())) => return,
-            Ok(Err(error)) => error,
-            Err(error) => Status::internal(format!("List failed: {error}")),
-        };
-        tracing::warn!(code = ?error.code(), message = error.message(), "List ended early");
-        let _ = tokio::time::timeout(timeout, sender.send(Err(error))).await;
-    });
-    Ok(ReceiverStream::new(receiver))
-}
-
-struct Listing {
+/// One List.
+pub(super) struct Listing {
     reader: Reader,
     driver: Arc<dyn Driver>,
     snapshotter: String,
     namespace: Option<String>,
     filter: Filter,
-    sender: mpsc::Sender<Message>,
-    deadline: Instant,
+    timeout: Duration,
 }
 
 impl Listing {
-    fn run(self, handle: &Handle) -> Result<(), Status> {
+    /// Everything that can be wrong with the request.
+    pub(super) fn new(
+        store: &Store,
+        driver: Arc<dyn Driver>,
+        request: ListSnapshotsRequest,
+        namespace: Option<String>,
+        timeout: Duration,
+    ) -> Result<Self, Status> {
+        let fail = |error: StoreError| status::of(&DriverError::Store(error));
+        Ok(Self {
+            filter: Filter::parse(&request.filters).map_err(|error| fail(error.into()))?,
+            reader: store.read().map_err(fail)?,
+            driver,
+            snapshotter: request.snapshotter,
+            namespace,
+            timeout,
+        })
+    }
+
+    /// Starts sending; `done` hears how it ended.
+    pub(super) fn stream(
+        self,
+        done: impl FnOnce(Option<&Status>) + Send + 'static,
+    ) -> ReceiverStream<Message> {
+        let (sender, receiver) = mpsc::channel(AHEAD);
+        let timeout = self.timeout;
+        tokio::spawn(async move {
+            let (handle, pages) = (Handle::current(), sender.clone());
+            let end = tokio::task::spawn_blocking(move || self.send(&handle, &pages)).await;
+            let error = match end {
+                Ok(Ok(())) => return done(None),
+                Ok(Err(error)) => error,
+                Err(error) => Status::internal(format!("List failed: {error}")),
+            };
+            done(Some(&error));
+            // An incomplete list must never look complete.
+            let _ = tokio::time::timeout(timeout, sender.send(Err(error))).await;
+        });
+        ReceiverStream::new(receiver)
+    }
+
+    fn send(self, handle: &Handle, sender: &mpsc::Sender<Message>) -> Result<(), Status> {
+        let deadline = Instant::now() + self.timeout;
         let mut after: Option<String> = None;
         loop {
             let mut page = self
@@ -85,10 +92,7 @@ impl Listing {
             let message = ListSnapshotsResponse {
                 info: page.into_iter().map(Into::into).collect(),
             };
-            let sent = handle.block_on(tokio::time::timeout_at(
-                self.deadline,
-                self.sender.send(Ok(message)),
-            ));
+            let sent = handle.block_on(tokio::time::timeout_at(deadline, sender.send(Ok(message))));
             match sent {
                 Ok(Ok(())) if last => return Ok(()),
                 Ok(Ok(())) => {}

@@ -9,13 +9,24 @@ use crate::{
     store::{Info, Kind, Usage},
 };
 
-/// containerd's namespace, from the request's metadata.
-pub(super) fn namespace<T>(request: &Request<T>) -> Option<String> {
-    request
-        .metadata()
-        .get("containerd-namespace")
-        .and_then(|value| value.to_str().ok())
-        .map(str::to_owned)
+/// Where a request comes from, as its metadata says.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Origin {
+    /// containerd's namespace.
+    pub(super) namespace: Option<String>,
+    /// The trace it belongs to (`traceparent`), for the log.
+    pub(super) trace: Option<String>,
+}
+
+pub(super) fn origin<T>(request: &Request<T>) -> Origin {
+    let text = |name| {
+        let value = request.metadata().get(name)?.to_str().ok()?;
+        Some(value.to_owned())
+    };
+    Origin {
+        namespace: text("containerd-namespace"),
+        trace: text("traceparent"),
+    }
 }
 
 /// Protobuf's empty string means absence.
