@@ -232,12 +232,7 @@ async fn sequential(layer: &Layer, name: &str, link: LinkModel) -> Result<()> {
     }
     if std::env::var_os("CACHE_BENCH_LOG").is_some() {
         for entry in lab.log().entries() {
-            println!(
-                "{:.1} {:?} {:?}",
-                entry.time_ms,
-                entry.range,
-                entry.bytes
-            );
+            println!("{:.1} {:?} {:?}", entry.time_ms, entry.range, entry.bytes);
         }
         println!("{:?}", opened.blob.status());
     }

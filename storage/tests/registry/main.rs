@@ -3,6 +3,7 @@
 
 mod auth;
 mod certs;
+mod docker_registry;
 mod faults;
 mod hosts;
 mod lab_registry;
