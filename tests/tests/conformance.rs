@@ -1,5 +1,6 @@
-//! containerd's snapshotter suite and our additions to it, over the daemon's socket, with driver
-//! overlayfs. Each case is a process of its own with a daemon of its own.
+//! containerd's snapshotter suite and our additions to it, over the daemon's socket, with each
+//! driver. Each case is a process of its own with a daemon of its own. Nothing here is pulled, so
+//! the lazy driver keeps ordinary layers.
 
 use suite::{
     conformance::{Bench, extra, files, metadata},
@@ -9,9 +10,12 @@ use suite::{
     workdir::Workdir,
 };
 
-const CONFIG: &str = "default_driver = \"overlayfs\"\n";
+/// (plugin name, configuration)
+type Driver = (&'static str, &'static str);
+const OVERLAYFS: Driver = ("overlayfs", "default_driver = \"overlayfs\"\n");
+const LAZY: Driver = ("lazy", "[containerd]\naddress = \"\"\n");
 
-fn run(case: impl FnOnce(&Bench)) {
+fn run((plugin, config): Driver, case: impl FnOnce(&Bench)) {
     if !machine::is_root() {
         return skip("mounting needs root");
     }
@@ -19,19 +23,29 @@ fn run(case: impl FnOnce(&Bench)) {
         return;
     }
     let work = Workdir::new();
-    let daemon = Daemon::start(&work.sub("d"), CONFIG);
-    let sn = Snapshotter::connect(&daemon.socket(), "overlayfs");
+    let daemon = Daemon::start(&work.sub("d"), config);
+    let sn = Snapshotter::connect(&daemon.socket(), plugin);
     case(&Bench::new(sn, work.sub("w"), false));
 }
 
 macro_rules! cases {
-    ($($(#[$doc:meta])* $name:ident: $case:path;)*) => {$(
-        $(#[$doc])*
-        #[test]
-        fn $name() {
-            run($case);
+    ($($name:ident: $case:path;)*) => {
+        mod overlayfs {
+            use super::*;
+            $(#[test]
+            fn $name() {
+                run(OVERLAYFS, $case);
+            })*
         }
-    )*};
+
+        mod lazy {
+            use super::*;
+            $(#[test]
+            fn $name() {
+                run(LAZY, $case);
+            })*
+        }
+    };
 }
 
 cases! {
@@ -83,7 +97,7 @@ fn containerds_own_suite() {
         return;
     }
     let work = Workdir::new();
-    let daemon = Daemon::start(&work.sub("d"), CONFIG);
+    let daemon = Daemon::start(&work.sub("d"), OVERLAYFS.1);
     let output = std::process::Command::new(program)
         .arg("-test.v")
         .env("SNAPSHOTS_SOCKET", daemon.socket())
