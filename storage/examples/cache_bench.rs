@@ -6,9 +6,10 @@
 //! 1. what a hit costs,
 //! 2. decode throughput of one thread, and of the ordered pass,
 //! 3. cold sequential reads against the line rate,
-//! 4. cold scattered reads of small files, one after the other, with hydration behind them.
+//! 4. a cold start of an optimised layer: the files it names, in order,
+//! 5. cold scattered reads of small files, one after the other, with hydration behind them.
 //!
-//! CPU seconds include the lab's (same process) in 3 and 4, not in 1 and 2.
+//! CPU seconds include the lab's (same process) in 3 to 5, not in 1 and 2.
 
 use std::{
     fs::{self, File},
@@ -22,7 +23,11 @@ use anyhow::{Context as _, Result, bail, ensure};
 use formats::{
     digest::Digest,
     limits::Limits,
-    stargz::{Built, StargzLayer, WriterOptions, build, parse_toc},
+    stargz::{
+        Built, MAX_FOOTER_LEN, StargzLayer, StartList, WriterOptions, build, inflate_toc,
+        parse_footer, parse_toc,
+    },
+    tree::{InodeId, Kind},
 };
 use lab::{Lab, LabOptions, LinkModel};
 use storage::{
@@ -47,24 +52,58 @@ async fn main() -> Result<()> {
     let mut args = std::env::args_os().skip(1).map(PathBuf::from);
     let tar = args.next().context("usage: cache_bench LAYER.tar [DIR]")?;
     let dir = args.next().unwrap_or_else(std::env::temp_dir);
-    let layer = prepare(&tar, &dir)?;
+    let layer = prepare(&tar, &dir, "plain", Vec::new())?;
+    let (hot, paths) = hot_files(&layer)?;
+    let optimised = prepare(&tar, &dir, "optimised", paths)?;
     println!("layer: {:.1} MB compressed", mb(layer.len));
     local(&layer).await?;
     for (name, link) in [("wan", LinkModel::wan()), ("cloud", LinkModel::cloud())] {
         sequential(&layer, name, link).await?;
+        start_list(&optimised, hot, name, link).await?;
         scattered(&layer, name, link, Mode::Off).await?;
         scattered(&layer, name, link, Mode::Full).await?;
     }
     Ok(())
 }
 
-fn prepare(tar: &Path, dir: &Path) -> Result<Layer> {
-    let blob = dir.join("cache_bench.esgz");
-    let notes = dir.join("cache_bench.txt");
+/// 600 files spread over the layer: their bytes, and their paths.
+fn hot_files(layer: &Layer) -> Result<(u64, Vec<Vec<u8>>)> {
+    let tree = parse_file(layer)?.tree;
+    let files: Vec<_> = (0..tree.inodes().len())
+        .map(|id| InodeId(u32::try_from(id).unwrap_or(u32::MAX)))
+        .filter_map(|id| match &tree.inode(id).kind {
+            Kind::Regular(file) if (1..200_000).contains(&file.size) => Some((id, file.size)),
+            _ => None,
+        })
+        .collect();
+    let mut bytes = 0;
+    let mut paths = Vec::new();
+    for step in 0..600 {
+        let (id, size) = files[step * 7_919 % files.len()];
+        bytes += size;
+        paths.extend(tree.path(id).map(|path| path.as_bytes().to_vec()));
+    }
+    Ok((bytes, paths))
+}
+
+fn parse_file(layer: &Layer) -> Result<StargzLayer> {
+    let blob = fs::read(&layer.path)?;
+    let at = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
+    let tail = &blob[blob.len() - at(MAX_FOOTER_LEN)..];
+    let footer = parse_footer(tail, layer.len)?;
+    let toc = footer.toc_range(layer.len);
+    let json = inflate_toc(&blob[at(toc.start)..at(toc.end)], &Limits::default())?;
+    Ok(parse_toc(&json, footer.toc_offset, &Limits::default())?)
+}
+
+fn prepare(tar: &Path, dir: &Path, kind: &str, prioritized: Vec<Vec<u8>>) -> Result<Layer> {
+    let blob = dir.join(format!("cache_bench-{kind}.esgz"));
+    let notes = dir.join(format!("cache_bench-{kind}.txt"));
     if !blob.exists() || !notes.exists() {
         let out = BufWriter::new(File::create(&blob)?);
         let options = WriterOptions {
             level: 6,
+            prioritized,
             ..WriterOptions::default()
         };
         let tar = BufReader::new(File::open(tar)?);
@@ -164,15 +203,16 @@ async fn local(layer: &Layer) -> Result<()> {
     let len = blob.len();
     for size in [1, 4 << 10, READ] {
         let mut at = 0;
-        let rounds = 200_000;
-        let begun = Instant::now();
+        let rounds = 200_000_u32;
+        let (begun, before) = (Instant::now(), cpu()?);
         for _ in 0..rounds {
             at = (at + 7_919 * 4096) % (len - READ as u64) / 4096 * 4096;
             let got = blob.try_read(at, &mut buf[..size])?;
             ensure!(got == ReadNow::Ready(size), "not local");
         }
-        let each = begun.elapsed().as_nanos() / rounds;
-        println!("hit: {each} ns for {size} bytes");
+        let each = begun.elapsed().as_nanos() / u128::from(rounds);
+        let spent = (cpu()? - before) / f64::from(rounds) * 1e9;
+        println!("hit: {each} ns ({spent:.0} ns of CPU) for {size} bytes");
     }
 
     let source = Arc::new(FileSource::open(&layer.path)?);
@@ -230,12 +270,7 @@ async fn sequential(layer: &Layer, name: &str, link: LinkModel) -> Result<()> {
     while at < opened.blob.len() {
         at += read(&opened.blob, at, &mut buf).await? as u64;
     }
-    if std::env::var_os("CACHE_BENCH_LOG").is_some() {
-        for entry in lab.log().entries() {
-            println!("{:.1} {:?} {:?}", entry.time_ms, entry.range, entry.bytes);
-        }
-        println!("{:?}", opened.blob.status());
-    }
+    log(&lab, &opened);
     let took = begun.elapsed().as_secs_f64();
     let rate = f(layer.len) * 8.0 / took / 1e6;
     println!(
@@ -248,6 +283,61 @@ async fn sequential(layer: &Layer, name: &str, link: LinkModel) -> Result<()> {
     );
     lab.stop().await;
     Ok(())
+}
+
+/// What a container start does with an optimised layer.
+async fn start_list(layer: &Layer, needed: u64, name: &str, link: LinkModel) -> Result<()> {
+    let (lab, opened, begun, _store) = start(layer, link).await?;
+    let index = begun.elapsed().as_secs_f64();
+    opened.blob.prefetch_list(&opened.layer.start_list);
+    hydrate(&opened, layer, Mode::Full);
+    let StartList::Until(end) = opened.layer.start_list else {
+        bail!("the optimised layer has no landmark");
+    };
+    let chunks = opened.layer.map.chunks();
+    let mut buf = vec![0; 4 << 20];
+    for chunk in chunks.iter().filter(|c| c.remote < end) {
+        let len = chunk.len as usize;
+        read(&opened.blob, chunk.decoded.0, &mut buf[..len]).await?;
+    }
+    let took = begun.elapsed().as_secs_f64();
+    let traffic = opened.blob.status().traffic;
+    // Four round trips, one slow start from ten segments, and the bytes at line rate.
+    let rate = f(link.rate_bits_per_s) / 8.0;
+    let round_trip = link.rtt.as_secs_f64();
+    let slow_start = (rate * round_trip / 14_600.0).log2().max(0.0) * round_trip / 2.0;
+    let floor = 4.0 * round_trip + slow_start + f(end.0) / rate;
+    println!(
+        "{name}: optimised start: {:.1} MB of start list ({:.1} MB decoded) read after {took:.2} s (index {index:.2} s), {:.2} x the floor of {floor:.2} s; metadata {:.1} MB, prefetch {:.1} MB in {} requests, demand {:.1} MB in {}, hydration {:.1} MB",
+        mb(end.0),
+        mb(needed),
+        took / floor,
+        mb(traffic.metadata.bytes),
+        mb(traffic.prefetch.bytes),
+        traffic.prefetch.requests,
+        mb(traffic.demand.bytes),
+        traffic.demand.requests,
+        mb(traffic.hydration.bytes),
+    );
+    log(&lab, &opened);
+    lab.stop().await;
+    Ok(())
+}
+
+fn log(lab: &Lab, opened: &Opened) {
+    if std::env::var_os("CACHE_BENCH_LOG").is_some() {
+        for entry in lab.log().entries() {
+            println!(
+                "{:.1} +{:.1} {:?} {:?} on {}",
+                entry.time_ms % 1e6,
+                entry.duration_ms.unwrap_or(0.0),
+                entry.range,
+                entry.bytes,
+                entry.connection
+            );
+        }
+        println!("{:?}", opened.blob.status());
+    }
 }
 
 /// 300 files spread over the layer in an order of their own, each read whole.

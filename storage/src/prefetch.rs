@@ -53,8 +53,11 @@ impl Prefetch {
 impl Wire {
     /// Begins to fetch the first `bytes` of the blob before anything is known about it, together
     /// with the index. Costs nothing extra where the whole layer is wanted anyway.
-    pub fn fetch_head(self: &Arc<Self>, bytes: u64) {
-        let wire = Arc::clone(self);
+    pub fn fetch_head(&self, bytes: u64) {
+        // A wire is always behind an Arc.
+        let Some(wire) = self.me.upgrade() else {
+            return;
+        };
         self.scheduler.runtime.spawn(async move {
             let state = watch::Sender::new(Prefetch::Issuing);
             if let Err(error) = wire.fetch_ahead(bytes, &state).await {

@@ -145,6 +145,13 @@ impl Scheduler {
         }
     }
 
+    /// Whether so little is on its way that guessing costs nobody anything.
+    pub(crate) fn may_guess(&self, bytes: u64) -> bool {
+        let link = self.link.lock();
+        let others = link.flying.values().filter(|f| f.cause != Cause::Hydration);
+        others.map(|f| f.outstanding).sum::<u64>() <= 2 * bytes
+    }
+
     /// Registers a fetch that may start at once.
     pub(crate) fn enter(self: &Arc<Self>, cause: Cause, bytes: u64) -> Ticket {
         let id = self.link.lock().add(cause, bytes);

@@ -89,7 +89,7 @@ pub struct Wire {
     duplicate_left: AtomicU64,
     /// Told whenever bytes arrived or a fetch ended.
     moved: Notify,
-    me: Weak<Self>,
+    pub(crate) me: Weak<Self>,
 }
 
 /// Completes when a fetch has ended.
