@@ -9,6 +9,10 @@
 //! 4. a cold start of an optimised layer: the files it names, in order,
 //! 5. cold scattered reads of small files, one after the other, with hydration behind them.
 //!
+//! `CACHE_BENCH_LOG=1` prints every request; `CACHE_BENCH_BUSY_KIB` and `CACHE_BENCH_WINDOW_KIB` set
+//! what hydration may have outstanding while readers are active, and the windows of readers'
+//! requests.
+//!
 //! CPU seconds include the lab's (same process) in 3 to 5, not in 1 and 2.
 
 use std::{
@@ -134,10 +138,15 @@ struct Opened {
 
 async fn open(source: Arc<dyn RangeSource>, identity: Digest) -> Result<Opened> {
     let dir = tempfile::tempdir()?;
-    let scheduler = Scheduler::new(
-        tokio::runtime::Handle::current(),
-        SchedulerOptions::default(),
-    );
+    let mut limits = SchedulerOptions::default();
+    let mut cache = CacheOptions::default();
+    if let Some(bytes) = knob("CACHE_BENCH_BUSY_KIB")? {
+        limits.hydration_busy_bytes = bytes << 10;
+    }
+    if let Some(bytes) = knob("CACHE_BENCH_WINDOW_KIB")? {
+        cache.plan.window_bytes = Some(bytes << 10);
+    }
+    let scheduler = Scheduler::new(tokio::runtime::Handle::current(), limits);
     let options = WireOptions {
         dir: dir.path().to_owned(),
         identity,
@@ -147,12 +156,19 @@ async fn open(source: Arc<dyn RangeSource>, identity: Digest) -> Result<Opened> 
     let toc = wire.fetch_index(&Limits::default()).await?;
     let layer = Arc::new(parse_toc(&toc.json, toc.toc_offset, &Limits::default())?);
     let map = Arc::new(layer.map.clone());
-    let blob = LayerBlob::open(wire, map, CacheOptions::default())?;
+    let blob = LayerBlob::open(wire, map, cache)?;
     Ok(Opened {
         layer,
         blob,
         _dir: dir,
     })
+}
+
+fn knob(name: &str) -> Result<Option<u64>> {
+    Ok(std::env::var(name)
+        .ok()
+        .map(|text| text.parse())
+        .transpose()?)
 }
 
 async fn read(blob: &Arc<LayerBlob>, offset: u64, buf: &mut [u8]) -> Result<usize> {

@@ -5,7 +5,11 @@
 //! and bytes arrive (nearly) in the order in which a start wants them. Chunks are decoded as their
 //! bytes arrive.
 
-use std::{collections::VecDeque, future::Future, sync::Arc};
+use std::{
+    collections::VecDeque,
+    future::Future,
+    sync::{Arc, atomic::Ordering},
+};
 
 use formats::{stargz::StartList, units::RemoteOffset};
 use tokio::sync::watch;
@@ -132,6 +136,7 @@ impl LayerBlob {
             return;
         }
         let end = end.0.min(self.wire.blob_len());
+        self.prefetch_end.store(end, Ordering::Relaxed);
         // What is local already, fetched with the index perhaps.
         self.on_arrived(&(0..end), Cause::Prefetch);
         let blob = Arc::clone(self);

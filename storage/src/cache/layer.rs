@@ -136,6 +136,8 @@ pub struct LayerBlob {
     pub(crate) present_payload: AtomicU64,
     pub(crate) last_error: Mutex<Option<String>>,
     pub(crate) prefetch: watch::Sender<Prefetch>,
+    /// Where the start list ends.
+    pub(crate) prefetch_end: AtomicU64,
     pub(crate) hydration: Slot,
     flush_pending: AtomicBool,
     pub(crate) readers: AtomicUsize,
@@ -197,6 +199,7 @@ impl LayerBlob {
             present_payload: AtomicU64::new(present),
             last_error: Mutex::default(),
             prefetch: watch::Sender::default(),
+            prefetch_end: AtomicU64::new(0),
             hydration,
             flush_pending: AtomicBool::new(false),
             readers: AtomicUsize::new(0),
@@ -322,7 +325,9 @@ impl LayerBlob {
 
     /// Asks the wire for what readers need, widened to windows.
     pub(crate) fn fetch(&self, needed: &[Range<u64>], cause: Cause) {
-        for range in plan(needed, self.wire.blob_len(), &self.options.plan) {
+        let options = &self.options.plan;
+        let window = options.window(self.wire.scheduler.bandwidth_delay_bytes());
+        for range in plan(needed, self.wire.blob_len(), options, window) {
             let end = range.end;
             self.wire.request(range, cause, needed);
             if cause == Cause::Demand {
@@ -340,6 +345,10 @@ impl LayerBlob {
         else {
             return;
         };
+        // A start that follows its own list goes in order as well, and stops where the list does.
+        if last.remote_end.0 <= self.prefetch_end.load(Ordering::Relaxed) {
+            return;
+        }
         let least = 2 * self.wire.scheduler.bandwidth_delay_bytes();
         let Some(ahead) =
             self.readahead

@@ -4,9 +4,10 @@
 //!   stalled source holds only its own), and the client bounds them per host.
 //! - **Start lists** are bounded by bytes outstanding on the node.
 //! - **Hydration** runs at line rate on an idle link. While readers are active at most
-//!   [`SchedulerOptions::hydration_busy_bytes`] are outstanding, and none is begun while a
-//!   reader's fetch is outstanding unless readers used less than half of the link in the last
-//!   200 ms. (Waiting for silence would not work: a stream of single faults never pauses.)
+//!   [`SchedulerOptions::hydration_busy_bytes`] are outstanding, and none is begun while a fetch
+//!   for a reader, a start list or an index is outstanding unless those used less than half of the
+//!   link in the last 200 ms. (Waiting for silence would not work: a stream of single faults never
+//!   pauses.)
 //! - A fetch without progress for a second is **stalled** and counts against nobody: one dead
 //!   source delays no other.
 //!
@@ -94,8 +95,9 @@ impl Flying {
         now.duration_since(self.moved) > STALLED_AFTER
     }
 
+    /// Whether a start waits for it.
     fn urgent(&self) -> bool {
-        matches!(self.cause, Cause::Demand | Cause::Metadata)
+        self.cause != Cause::Hydration
     }
 }
 

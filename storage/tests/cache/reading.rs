@@ -101,7 +101,8 @@ async fn windows_are_aligned_and_overlapping_ones_are_not_fetched_twice() {
     let source = layer.source();
     let dir = tempfile::tempdir().unwrap();
     let plan = PlanOptions {
-        window_bytes: 64 << 10,
+        grid_bytes: 64 << 10,
+        window_bytes: Some(0),
         gap_bytes: 0,
     };
     let blob = open_with(
