@@ -12,6 +12,7 @@ pub mod dir;
 mod hydration;
 pub mod implied;
 pub mod index;
+pub mod kernel;
 pub mod mounts;
 mod obtain;
 pub mod origin;
@@ -101,7 +102,9 @@ pub struct Layers {
     mounts: Arc<Mounts>,
     documents: Documents,
     blobfs_options: BlobFsOptions,
+    helper: Helper,
     serving: watch::Sender<Serving>,
+    presents: watch::Sender<Option<Result<(), String>>>,
     obtaining: Mutex<HashMap<Identity, Obtaining>>,
     pins: Mutex<HashMap<LayerNumber, Instant>>,
     unreferenced: Mutex<HashMap<LayerNumber, Instant>>,
@@ -134,7 +137,7 @@ impl Layers {
         let mounts = Mounts::open(
             options.config.lowers.clone(),
             Arc::clone(&table),
-            options.helper,
+            options.helper.clone(),
             Arc::new(parts),
         )?;
         Ok(Self {
@@ -146,7 +149,9 @@ impl Layers {
             mounts: Arc::new(mounts),
             documents: options.documents,
             blobfs_options: options.blobfs,
+            helper: options.helper,
             serving,
+            presents: watch::Sender::new(None),
             obtaining: Mutex::default(),
             pins: Mutex::default(),
             unreferenced: Mutex::default(),
@@ -247,6 +252,19 @@ impl Layers {
     /// Forgets snapshots that are gone.
     pub async fn forget(&self, gone: Vec<SnapshotId>) -> Result<(), StoreError> {
         self.table.forget(gone).await
+    }
+
+    /// Whether layers can be presented lazily on this node: known soon after a start.
+    pub async fn presentable(&self, bound: Duration) -> Result<(), NotLazy> {
+        let mut presents = self.presents.subscribe();
+        let known = tokio::time::timeout(bound, presents.wait_for(Option::is_some)).await;
+        let Ok(Ok(answer)) = known else {
+            return Err(NotLazy::Off("the daemon has not recovered yet".to_owned()));
+        };
+        match &*answer {
+            Some(Err(why)) => Err(NotLazy::Off(why.clone())),
+            _ => Ok(()),
+        }
     }
 
     /// Counts a layer that was not answered lazily.

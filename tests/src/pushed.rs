@@ -31,19 +31,19 @@ impl PushedLayer {
     /// # Panics
     /// When the writer refuses the tar.
     pub fn estargz(tar: &[u8]) -> Self {
-        Self::estargz_with(tar, WriterOptions::default())
+        Self::estargz_with(tar, &WriterOptions::default())
     }
 
     /// An eStargz layer with options.
     ///
     /// # Panics
     /// As [`Self::estargz`].
-    pub fn estargz_with(tar: &[u8], options: WriterOptions) -> Self {
+    pub fn estargz_with(tar: &[u8], options: &WriterOptions) -> Self {
         let mut blob = Vec::new();
         let built = stargz::build(
             std::io::Cursor::new(tar),
             &mut blob,
-            &options,
+            options,
             &formats::limits::Limits::default(),
         )
         .expect("a tar the writer takes");

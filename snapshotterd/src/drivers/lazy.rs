@@ -41,6 +41,8 @@ use crate::{
     },
 };
 
+/// After a start, the kernel is probed by then.
+const PRESENTABLE_LIMIT: Duration = Duration::from_secs(5);
 /// Left of a request's time for what comes after mounting.
 const RESERVE: Duration = Duration::from_millis(500);
 
@@ -55,8 +57,6 @@ pub struct Lazy {
     rpc_timeout: Duration,
     /// Lazy answers only for layers that are proven already.
     only_proven: bool,
-    /// Why no layer can be lazy on this node, if so.
-    off: Option<String>,
 }
 
 /// Why an extraction Prepare was not answered lazily.
@@ -82,9 +82,6 @@ impl From<NotLazy> for Declined {
 impl Lazy {
     /// Answers an extraction Prepare with a committed snapshot.
     async fn prepare_remote(&self, request: &CreateRequest) -> Result<(), Declined> {
-        if let Some(why) = &self.off {
-            return Err(NotLazy::Off(why.clone()).into());
-        }
         let announced = Announced::from_labels(&request.labels)?;
         if announced.has_parent_chain && request.parent.is_none() {
             return Err(NotLazy::ParallelUnpack.into());
@@ -92,6 +89,7 @@ impl Lazy {
         let chain = self.chain_below(request)?;
         let namespace = request.namespace.as_deref().unwrap_or_default();
         let mut resolved = self.resolver.resolve(namespace, &announced).await?;
+        self.layers.presentable(PRESENTABLE_LIMIT).await?;
         // What was resolved a while ago may have been judged since.
         if let Some(record) = self.layers.record(resolved.record.number) {
             resolved.record = record;
@@ -440,7 +438,6 @@ impl fmt::Debug for Lazy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Lazy")
             .field("layers", &self.layers)
-            .field("off", &self.off)
             .finish_non_exhaustive()
     }
 }

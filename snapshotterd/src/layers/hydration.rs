@@ -99,14 +99,16 @@ impl Layers {
             .counter(&defs::LAZY_VERDICTS_TOTAL, &[verdict])
             .increment();
         let image = record.origins.first().map_or("", |o| o.image.as_str());
-        match &record.verdict {
-            Verdict::Refuted(why) => error!(
+        let layer = record.identity.layer;
+        if let Verdict::Refuted(why) = &record.verdict {
+            error!(
                 image,
-                layer = %record.identity.layer,
+                %layer,
                 why,
                 "layer REFUTED: its content is not what the image claims; new containers are refused"
-            ),
-            _ => info!(image, layer = %record.identity.layer, verdict, complete, "hydrated"),
+            );
+        } else {
+            info!(image, %layer, verdict, complete, "hydrated");
         }
         Ok(())
     }

@@ -1,8 +1,8 @@
 //! What follows a start, and what an end leaves behind.
 
 use std::{
-    collections::HashSet,
     fs, io,
+    path::Path,
     sync::{Arc, Weak},
     time::Duration,
 };
@@ -14,7 +14,7 @@ use tracing::{info, warn};
 use super::{
     Layers,
     blobs::LayerNodes,
-    dir::LayerDir,
+    kernel,
     record::{LayerNumber, Verdict},
 };
 use crate::store::StoreError;
@@ -31,6 +31,9 @@ pub enum RecoverError {
     /// BlobFs does not start.
     #[error("BlobFs does not start: {0}")]
     BlobFs(String),
+    /// The kernel cannot present layers lazily.
+    #[error("layers cannot be lazy here: {0}")]
+    Kernel(String),
     /// What is mounted cannot be read.
     #[error("cannot read what is mounted")]
     Mounts(#[source] io::Error),
@@ -61,8 +64,17 @@ impl Layers {
         tokio::spawn(sweep_forever(weak));
         let this = Arc::clone(self);
         tokio::spawn(async move { this.resume().await });
-        match failure {
-            Some(error) => Err(RecoverError::BlobFs(error)),
+        if let Some(error) = failure {
+            let why = format!("BlobFs does not start: {error}");
+            self.presents.send_replace(Some(Err(why)));
+            return Err(RecoverError::BlobFs(error));
+        }
+        let presents = kernel::presents_lazily(&self.config.state, &self.helper).await;
+        let unable = presents.as_ref().err().cloned();
+        self.presents.send_replace(Some(presents));
+        self.note_containerd();
+        match unable {
+            Some(why) => Err(RecoverError::Kernel(why)),
             None => Ok(()),
         }
     }
@@ -70,41 +82,52 @@ impl Layers {
     /// Records of snapshots that are gone, layers that were never finished, directories without
     /// a layer.
     async fn remove_leftovers(&self) -> Result<(), StoreError> {
+        // Listed before the tables are asked: what comes in between is not in the list.
+        let layers = self.opener().layers.clone();
+        let directories = tokio::task::spawn_blocking(move || numbered(&layers))
+            .await
+            .unwrap_or_default();
         let live = self.store.live_ids()?;
         let mut gone = self.table.known_snapshots();
         gone.retain(|id| !live.contains(id));
         self.table.forget(gone).await?;
         for record in self.table.layers() {
-            if !record.ready && !self.is_pinned(record.number) {
+            let coming = self.obtaining.lock().contains_key(&record.identity);
+            if !record.ready && !coming {
                 self.table.remove(record.number).await?;
             }
         }
-        let known: HashSet<LayerNumber> = self
-            .table
-            .layers()
-            .iter()
-            .map(|record| record.number)
-            .collect();
-        let layers = self.opener().layers.clone();
-        let removing = tokio::task::spawn_blocking(move || {
-            for entry in fs::read_dir(&layers)?.flatten() {
-                let number = entry
-                    .file_name()
-                    .to_str()
-                    .and_then(|name| name.parse().ok());
-                let Some(number) = number.map(LayerNumber) else {
-                    continue;
-                };
-                if !known.contains(&number) {
-                    LayerDir::new(&layers, number).remove()?;
-                }
+        for number in directories {
+            if self.table.layer(number).is_some() {
+                continue;
             }
-            io::Result::Ok(())
-        });
-        if let Ok(Err(error)) = removing.await {
-            warn!(%error, "leftover layer directories stay");
+            let dir = self.opener().dir(number);
+            let removed = tokio::task::spawn_blocking(move || dir.remove()).await;
+            if let Ok(Err(error)) = removed {
+                warn!(layer = %number, %error, "a leftover layer directory stays");
+            }
         }
         Ok(())
+    }
+
+    /// Says which containerd hosts us, once it answers.
+    fn note_containerd(&self) {
+        let Some(containerd) = self.documents.containerd.clone() else {
+            return;
+        };
+        tokio::spawn(async move {
+            let address = containerd.address().display().to_string();
+            match containerd.version().await {
+                Ok(version) => info!(address, version, "containerd answers"),
+                Err(error) => {
+                    let error = storage::ranges::report(&error);
+                    info!(
+                        error,
+                        "containerd does not answer; manifests come from the registry"
+                    );
+                }
+            }
+        });
     }
 
     /// Goes on hydrating what was not finished.
@@ -150,14 +173,15 @@ impl Layers {
             _ => None,
         };
         if let Some(blobfs) = serving {
-            match Arc::into_inner(blobfs) {
-                Some(blobfs) => {
-                    if let Err(error) = blobfs.stop(keep_mounts).await {
-                        let error = storage::ranges::report(&error);
-                        warn!(error, "BlobFs is still mounted");
-                    }
-                }
-                None => warn!("BlobFs is still in use at the end"),
+            let stopped = match Arc::into_inner(blobfs) {
+                Some(blobfs) => blobfs
+                    .stop(keep_mounts)
+                    .await
+                    .map_err(|error| storage::ranges::report(&error)),
+                None => Err("it is still in use".to_owned()),
+            };
+            if let Err(error) = stopped {
+                warn!(error, "BlobFs is not ended properly");
             }
         }
         self.blobs.flush().await;
@@ -182,6 +206,15 @@ impl Layers {
             }
         }
     }
+}
+
+/// The numbers that have a directory. Blocks.
+fn numbered(layers: &Path) -> Vec<LayerNumber> {
+    let entries = fs::read_dir(layers).into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .map(LayerNumber)
+        .collect()
 }
 
 async fn sweep_forever(layers: Weak<Layers>) {

@@ -58,7 +58,12 @@ impl Layers {
                 }))
             })
             .collect();
-        Ok(json!({ "layers": layers, "not_lazy": ordinary }))
+        let presents = match &*self.presents.borrow() {
+            None => json!({ "lazy": Value::Null }),
+            Some(Ok(())) => json!({ "lazy": true }),
+            Some(Err(why)) => json!({ "lazy": false, "why_not": why }),
+        };
+        Ok(json!({ "node": presents, "layers": layers, "not_lazy": ordinary }))
     }
 
     /// The layers that image `reference` names.

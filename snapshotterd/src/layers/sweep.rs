@@ -106,13 +106,16 @@ impl Layers {
         if self.is_pinned(number) {
             return Ok(());
         }
-        self.table.remove(number).await?;
+        if !self.table.remove(number).await? {
+            return Ok(());
+        }
         self.unreferenced.lock().remove(&number);
         let dir = self.opener().dir(number);
         let removed = tokio::task::spawn_blocking(move || dir.remove()).await;
-        match removed {
-            Ok(Err(error)) => warn!(layer = %number, %error, "a removed layer's directory stays"),
-            _ => info!(layer = %record.identity.layer, %number, "layer removed"),
+        if let Ok(Err(error)) = removed {
+            warn!(layer = %number, %error, "a removed layer's directory stays");
+        } else {
+            info!(layer = %record.identity.layer, %number, "layer removed");
         }
         Ok(())
     }

@@ -57,7 +57,7 @@ pub struct LayerTable {
 
 impl LayerTable {
     /// Creates the tables where they are missing and loads them. Blocks.
-    pub fn open(store: Store) -> Result<Self, StoreError> {
+    pub fn open(store: &Store) -> Result<Self, StoreError> {
         store.write_blocking(Durability::Soon, |writer| {
             let transaction = writer.transaction();
             transaction.open_table(LAYERS)?;
@@ -182,17 +182,27 @@ impl LayerTable {
         Ok(changed)
     }
 
-    /// Forgets a layer and its mounts. The caller has made sure that nothing uses them.
-    pub async fn remove(&self, number: LayerNumber) -> Result<(), StoreError> {
+    /// Forgets a layer and its mounts, unless a snapshot is made of it; false then. The caller has
+    /// made sure that nothing else uses them.
+    pub async fn remove(&self, number: LayerNumber) -> Result<bool, StoreError> {
         let mounts: Vec<(MountNumber, MountKey)> = self
             .mounts()
             .into_iter()
             .filter(|(_, key)| key.layer == number)
             .collect();
         let gone = mounts.clone();
-        self.store
+        let removed = self
+            .store
             .write(Durability::Now, move |writer| {
                 let transaction = writer.transaction();
+                for row in transaction.open_table(SNAPSHOTS)?.iter()? {
+                    let (key, value) = row?;
+                    let snapshot: LazySnapshot =
+                        decode("lazy snapshot", key.value(), value.value())?;
+                    if snapshot.layer == number {
+                        return Ok(false);
+                    }
+                }
                 let mut layers = transaction.open_table(LAYERS)?;
                 if let Some(record) = layers.remove(number.0)? {
                     let record: LayerRecord = decode("layer", number, record.value())?;
@@ -206,9 +216,12 @@ impl LayerTable {
                     table.remove(mount.0)?;
                     keys.remove(key.to_string().as_str())?;
                 }
-                Ok(())
+                Ok(true)
             })
             .await?;
+        if !removed {
+            return Ok(false);
+        }
         let mut memory = self.memory.write();
         if let Some(record) = memory.layers.remove(&number) {
             memory.identities.remove(&record.identity);
@@ -217,7 +230,7 @@ impl LayerTable {
         for (mount, _) in mounts {
             memory.mounts.remove(&mount);
         }
-        Ok(())
+        Ok(true)
     }
 
     /// The mount for `key`, under a new number if there is none yet.
@@ -274,12 +287,18 @@ impl LayerTable {
     }
 
     /// Makes a snapshot lazy, in the transaction that creates it; [`Self::bound`] when that
-    /// is committed.
+    /// is committed. Fails if the layer has been removed meanwhile.
     pub fn bind(
         writer: &Writer<'_>,
         id: SnapshotId,
         snapshot: &LazySnapshot,
     ) -> Result<(), StoreError> {
+        let layers = writer.transaction().open_table(LAYERS)?;
+        if layers.get(snapshot.layer.0)?.is_none() {
+            return Err(StoreError::NotFound {
+                key: format!("layer {}", snapshot.layer),
+            });
+        }
         let mut snapshots = writer.transaction().open_table(SNAPSHOTS)?;
         snapshots.insert(id.0, encode(snapshot)?.as_slice())?;
         Ok(())

@@ -101,18 +101,15 @@ impl Documents {
             detail: error.detail,
             transient: error.transient,
         };
-        let (digest, bytes) = match digest {
-            Some(digest) => {
-                let bytes = match self.stored(namespace, digest, MAX_MANIFEST_BYTES).await {
-                    Some(bytes) => bytes,
-                    None => self.remote.manifest(image, digest).await.map_err(failed)?,
-                };
-                (digest, bytes)
-            }
-            None => {
-                let found = self.remote.named(image).await.map_err(failed)?;
-                (found.digest, found.bytes)
-            }
+        let (digest, bytes) = if let Some(digest) = digest {
+            let bytes = match self.stored(namespace, digest, MAX_MANIFEST_BYTES).await {
+                Some(bytes) => bytes,
+                None => self.remote.manifest(image, digest).await.map_err(failed)?,
+            };
+            (digest, bytes)
+        } else {
+            let found = self.remote.named(image).await.map_err(failed)?;
+            (found.digest, found.bytes)
         };
         let unusable = |detail: String| NotLazy::Manifest {
             image: image.to_owned(),
@@ -154,13 +151,10 @@ impl Documents {
             let layer = plan.layers.iter().find(|layer| {
                 layer.digest == identity.layer && layer.index.as_ref() == Ok(&identity.index)
             });
-            match layer {
-                Some(layer) => {
-                    return layer.diff_id.ok_or_else(|| {
-                        Unknown::Now(format!("the config of {image} cannot be read"))
-                    });
-                }
-                None => continue,
+            if let Some(layer) = layer {
+                return layer
+                    .diff_id
+                    .ok_or_else(|| Unknown::Now(format!("the config of {image} cannot be read")));
             }
         }
         Err(Unknown::Never(format!(

@@ -16,7 +16,7 @@ use crate::{
 fn large() -> PushedLayer {
     PushedLayer::estargz_with(
         &Tarball::new().file("large", &noise(5, 4 << 20)).finish(),
-        formats::stargz::WriterOptions {
+        &formats::stargz::WriterOptions {
             chunk_size: 64 << 10,
             ..formats::stargz::WriterOptions::default()
         },

@@ -23,7 +23,7 @@ fn touched_files_waiting_readers_and_bytes_are_shown() {
             .file("b", &noise(2, 300_000))
             .file("c", &noise(3, 3 << 20))
             .finish(),
-        formats::stargz::WriterOptions {
+        &formats::stargz::WriterOptions {
             chunk_size: 64 << 10,
             ..formats::stargz::WriterOptions::default()
         },

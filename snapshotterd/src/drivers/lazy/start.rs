@@ -16,7 +16,7 @@ use super::{
 use crate::{
     config::TrustPolicy,
     containerd::Containerd,
-    layers::{Layers, LayersOptions, blobs::Opener, table::LayerTable},
+    layers::{Layers, LayersOptions, blobs::Opener, kernel, table::LayerTable},
     resolve::{Resolver, plan::Documents, registry::Registries, remote::Remote},
     store::{Store, StoreError},
 };
@@ -31,7 +31,7 @@ pub fn start(context: &Context, overlayfs: Arc<Overlayfs>) -> Result<Arc<dyn Dri
         ));
     }
     let runtime = Handle::current();
-    let table = Arc::new(open_table(context.store.clone())?);
+    let table = Arc::new(open_table(&context.store)?);
     let remote: Arc<dyn Remote> = Arc::new(
         Registries::new(&config.registry, &context.environment)
             .map_err(DriverError::InvalidArgument)?,
@@ -65,7 +65,7 @@ pub fn start(context: &Context, overlayfs: Arc<Overlayfs>) -> Result<Arc<dyn Dri
         documents: documents.clone(),
         helper,
         blobfs,
-        direct_io: false,
+        direct_io: kernel::reads_directly(),
         metrics: context.metrics.clone(),
     })
     .map_err(DriverError::io("prepare", config.root.join("layers")))?;
@@ -90,12 +90,11 @@ pub fn start(context: &Context, overlayfs: Arc<Overlayfs>) -> Result<Arc<dyn Dri
         answers: Answers::default(),
         rpc_timeout: config.rpc_timeout.0,
         only_proven: config.lazy.trust == TrustPolicy::Proven,
-        off: None,
     }))
 }
 
 /// The store's writes block; a thread of its own may, a runtime's may not.
-fn open_table(store: Store) -> Result<LayerTable, StoreError> {
+fn open_table(store: &Store) -> Result<LayerTable, StoreError> {
     std::thread::scope(|scope| {
         scope
             .spawn(move || LayerTable::open(store))

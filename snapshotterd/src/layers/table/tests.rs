@@ -6,7 +6,7 @@ use super::*;
 use crate::layers::record::{Format, Origin, Verdict};
 
 fn table(dir: &Path) -> LayerTable {
-    LayerTable::open(Store::open(&dir.join("store.db")).unwrap()).unwrap()
+    LayerTable::open(&Store::open(&dir.join("store.db")).unwrap()).unwrap()
 }
 
 fn layer(name: &str) -> LayerRecord {
@@ -83,9 +83,13 @@ async fn numbers_survive_a_restart_and_are_never_reused() {
     assert_eq!(table.by_node(b.node).unwrap().verdict, Verdict::Proven);
     assert_eq!(table.snapshot(id).unwrap().mount, Some(mount));
     assert_eq!(table.reason(SnapshotId(78)).as_deref(), Some("because"));
+    assert!(
+        !table.remove(b.number).await.unwrap(),
+        "a snapshot needs it"
+    );
     table.forget(vec![id, SnapshotId(1)]).await.unwrap();
     assert_eq!(table.snapshot(id), None);
-    table.remove(b.number).await.unwrap();
+    assert!(table.remove(b.number).await.unwrap());
     assert_eq!(table.mount(mount), None);
     assert_eq!(table.by_node(b.node), None);
     let again = table.insert(layer("b")).await.unwrap();
