@@ -115,9 +115,17 @@ impl World {
             .to_string();
         let snapshots = ["snapshots", "--snapshotter", snapshotter];
         let call = |args: &[&str]| self.containerd.ctr(snapshots.iter().chain(args));
-        call(&["view", &name, &chain]);
-        // Nothing refers to the view: without this the garbage collector may take it at any time.
-        call(&["label", &name, "containerd.io/gc.root=test"]);
+        // Nothing refers to the view until it has the label: the garbage collector of the pull that
+        // has just ended may be quicker, so it is made again.
+        let labelled = (0..20).any(|_| {
+            let try_call = |args: &[&str]| {
+                let args = snapshots.iter().chain(args);
+                self.containerd.ctr_within(30, args).status.success()
+            };
+            try_call(&["view", &name, &chain]);
+            try_call(&["label", &name, "containerd.io/gc.root=test"])
+        });
+        assert!(labelled, "{name} is taken away again and again");
         let command = call(&["mounts", &path, &name]);
         let mounted = std::process::Command::new("sh")
             .arg("-c")
