@@ -72,7 +72,7 @@ pub enum Hydration {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TrustPolicy {
-    /// At once; a second image under the same name is compared with the first.
+    /// At once.
     Claimed,
     /// Only after its content has been hashed.
     Proven,
