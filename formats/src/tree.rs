@@ -6,7 +6,7 @@ mod assemble;
 pub use assemble::ShapeError;
 pub(crate) use assemble::is_name;
 
-use std::collections::BTreeMap;
+use std::{borrow::Cow, collections::BTreeMap};
 
 use crate::units::DecodedOffset;
 
@@ -226,6 +226,21 @@ impl LayerTree {
         }
         found.sort_unstable();
         found
+    }
+
+    /// The tree as an ordinary unpack leaves it: `trusted.*` attributes act on the host, so an
+    /// unpack never takes them from an archive.
+    pub fn as_unpacked(&self) -> Cow<'_, Self> {
+        let acts_on_host = |name: &[u8]| name.starts_with(b"trusted.");
+        let has = |inode: &Inode| inode.attrs.xattrs.keys().any(|name| acts_on_host(name));
+        if !self.inodes.iter().any(has) {
+            return Cow::Borrowed(self);
+        }
+        let mut tree = self.clone();
+        for inode in &mut tree.inodes {
+            inode.attrs.xattrs.retain(|name, _| !acts_on_host(name));
+        }
+        Cow::Owned(tree)
     }
 
     /// Replaces the attributes of an implied directory with those of the layers below.

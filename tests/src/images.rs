@@ -220,6 +220,8 @@ pub fn oddities() -> Vec<Vec<u8>> {
         &[1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
     );
     base.file("capable", b"cap");
+    // An ordinary unpack does not restore it, nor may a lazy layer show it.
+    base.xattr("trusted.admin", b"no").file("admin", b"x");
     base.file("empty", b"")
         .file("holes", &holes)
         .file("big", &noise(3, 9_500_000));

@@ -98,7 +98,7 @@ pub fn write_base(
     tree: &LayerTree,
     device_len: u64,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-    let image = erofs::write(tree, device_len)?;
+    let image = erofs::write(&tree.as_unpacked(), device_len)?;
     write_whole(&dir.metadata(BASE_VARIANT), &image)?;
     Ok(())
 }
@@ -117,7 +117,7 @@ fn make(opener: &Opener, record: &LayerRecord, variant: &str) -> Result<(), Stri
             tree.set_implied_attrs(&path, attrs);
         }
     }
-    let image = erofs::write(&tree, record.device_len).map_err(|error| report(&error))?;
+    let image = erofs::write(&tree.as_unpacked(), record.device_len).map_err(|error| report(&error))?;
     write_whole(&dir.metadata(variant), &image).map_err(|error| error.to_string())
 }
 
