@@ -49,7 +49,7 @@ fn main() -> Result<()> {
         ..SampleOptions::default()
     };
     let layout = sample::build(&work.sub("image"), size, &mut |line| {
-        eprintln!("cold-start: {line}")
+        eprintln!("cold-start: {line}");
     })?;
     let source = format!("oci:{}", layout.dir.display());
     let named = |tag: &str| format!("{}/python:{tag}", lab.host());

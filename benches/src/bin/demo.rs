@@ -51,7 +51,7 @@ fn main() -> ExitCode {
         Ok(figures) if options.json => {
             println!(
                 "{}",
-                serde_json::Value::from_iter(figures.iter().map(as_json))
+                figures.iter().map(as_json).collect::<serde_json::Value>()
             );
             ExitCode::SUCCESS
         }
