@@ -19,6 +19,8 @@ use serde::{Deserialize, Serialize};
 
 const FILE: &str = "daemon.lock";
 const PATIENCE: Duration = Duration::from_secs(5);
+/// A predecessor that was just killed or terminated may still be ending.
+const GRACE: Duration = Duration::from_secs(1);
 const POLL: Duration = Duration::from_millis(10);
 
 /// A held lock; dropping it gives it up.
@@ -74,8 +76,19 @@ struct Holder {
 }
 
 impl Lock {
-    /// Locks `directory`, which exists. Blocks for at most a few seconds.
+    /// Locks `directory`, which exists. A living holder gets a second: it may be about to end.
+    /// Blocks for at most a few seconds.
     pub fn acquire(directory: &Path) -> Result<Self, LockError> {
+        let deadline = Instant::now() + GRACE;
+        loop {
+            match Self::attempt(directory) {
+                Err(LockError::Held { .. }) if Instant::now() < deadline => thread::sleep(POLL),
+                other => return other,
+            }
+        }
+    }
+
+    fn attempt(directory: &Path) -> Result<Self, LockError> {
         let wrap = |source| LockError::Io {
             directory: directory.to_owned(),
             source,

@@ -36,6 +36,7 @@ use std::{
     sync::Arc,
 };
 
+use arc_swap::ArcSwap;
 use redb::Database;
 
 use self::{committer::Committer, ids::Ids};
@@ -73,7 +74,8 @@ pub struct Store {
 struct Inner {
     // Dropped in this order: the committer thread ends before the database goes.
     committer: Committer,
-    database: Arc<Database>,
+    /// Replaced after an I/O error, which leaves a database unusable.
+    database: Arc<ArcSwap<Database>>,
     ids: Arc<Ids>,
     path: PathBuf,
 }
@@ -88,22 +90,31 @@ impl Store {
                 source,
             })?;
         }
-        let backend = backend::File::open(path).map_err(|source| StoreError::File {
-            path: path.to_owned(),
-            source,
-        })?;
-        Self::with_backend(backend, path)
+        let file = path.to_owned();
+        Self::with_backend(path, move || {
+            backend::File::open(&file).map_err(|source| StoreError::File {
+                path: file.clone(),
+                source,
+            })
+        })
     }
 
-    fn with_backend(backend: impl redb::StorageBackend, path: &Path) -> Result<Self, StoreError> {
-        let database = Database::builder()
-            .set_cache_size(schema::CACHE_BYTES)
-            .create_with_backend(backend)?;
+    /// `backend` opens the file; also again, after an I/O error.
+    fn with_backend<B: redb::StorageBackend>(
+        path: &Path,
+        backend: impl Fn() -> Result<B, StoreError> + Send + 'static,
+    ) -> Result<Self, StoreError> {
+        let open = move || -> Result<Database, StoreError> {
+            Ok(Database::builder()
+                .set_cache_size(schema::CACHE_BYTES)
+                .create_with_backend(backend()?)?)
+        };
+        let database = open()?;
         let block = schema::prepare(&database)?;
-        let database = Arc::new(database);
+        let database = Arc::new(ArcSwap::from_pointee(database));
         Ok(Self {
             inner: Arc::new(Inner {
-                committer: Committer::start(Arc::clone(&database))?,
+                committer: Committer::start(Arc::clone(&database), Box::new(open))?,
                 database,
                 ids: Arc::new(Ids::new(block)),
                 path: path.to_owned(),
@@ -124,7 +135,7 @@ impl Store {
     /// A consistent view of everything, as of now. Point look-ups take microseconds and may be
     /// made from async code; scans of many snapshots belong on a blocking thread.
     pub fn read(&self) -> Result<Reader, StoreError> {
-        Reader::begin(&self.inner.database)
+        Reader::begin(&self.inner.database.load())
     }
 
     /// Applies `change` in the next group commit and answers when that is as durable as asked.

@@ -12,6 +12,7 @@ use std::{
     time::Duration,
 };
 
+use arc_swap::ArcSwap;
 use redb::Database;
 use tokio::sync::oneshot;
 
@@ -22,6 +23,9 @@ const GROUP_LIMIT: usize = 256;
 /// How long a change of [`Durability::Soon`] may stay volatile.
 const SOON: Duration = Duration::from_secs(1);
 
+/// Opens the database anew.
+pub(super) type Reopen = Box<dyn Fn() -> Result<Database, StoreError> + Send>;
+
 pub(super) struct Committer {
     jobs: Option<Sender<Box<dyn Job>>>,
     thread: Option<JoinHandle<()>>,
@@ -29,7 +33,12 @@ pub(super) struct Committer {
 }
 
 impl Committer {
-    pub(super) fn start(database: Arc<Database>) -> Result<Self, StoreError> {
+    /// `reopen` opens the database anew: after an I/O error (a full disk, most likely) redb refuses
+    /// everything until then.
+    pub(super) fn start(
+        database: Arc<ArcSwap<Database>>,
+        reopen: Reopen,
+    ) -> Result<Self, StoreError> {
         let (jobs, queue) = mpsc::channel();
         let (announce, announced) = mpsc::channel();
         let thread = thread::Builder::new()
@@ -38,7 +47,7 @@ impl Committer {
                 let id = rustix::thread::gettid().as_raw_nonzero().get();
                 // The receiver waits below; if it is gone there is nobody to tell.
                 let _ = announce.send(id.unsigned_abs());
-                run(&database, &queue);
+                run(&database, &reopen, &queue);
             })
             .map_err(|source| StoreError::File {
                 path: "store-writer thread".into(),
@@ -158,7 +167,7 @@ fn panicked(panic: &(dyn Any + Send)) -> StoreError {
     StoreError::Panicked { message }
 }
 
-fn run(database: &Database, queue: &Receiver<Box<dyn Job>>) {
+fn run(database: &ArcSwap<Database>, reopen: &Reopen, queue: &Receiver<Box<dyn Job>>) {
     let mut volatile = false;
     loop {
         let first = if volatile {
@@ -184,13 +193,22 @@ fn run(database: &Database, queue: &Receiver<Box<dyn Job>>) {
             .map(|job| job.durability())
             .max()
             .unwrap_or(Durability::Now);
-        let failure = commit(database, group, durability);
-        match failure {
+        match commit(&database.load(), group, durability) {
             None => volatile = durability == Durability::Soon,
-            Some(reason) => tracing::error!(reason, "the metadata store failed to commit"),
+            Some(reason) => {
+                tracing::error!(reason, "the metadata store failed to commit");
+                volatile = false;
+                match reopen() {
+                    Ok(fresh) => database.store(Arc::new(fresh)),
+                    // Tried again after the next failure.
+                    Err(error) => {
+                        tracing::error!(error = describe(&error), "cannot reopen the store");
+                    }
+                }
+            }
         }
     }
-    if volatile && let Some(reason) = commit(database, Vec::new(), Durability::Now) {
+    if volatile && let Some(reason) = commit(&database.load(), Vec::new(), Durability::Now) {
         tracing::error!(reason, "the metadata store failed to sync at its end");
     }
 }

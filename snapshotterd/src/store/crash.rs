@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use proptest::prelude::*;
 
 use super::{
-    Durability, SnapshotId, Store, StoreError,
+    CreateSnapshot, Durability, Kind, Labels, SnapshotId, SnapshotKey, Store, StoreError,
     model::{self, Model, Outcome},
 };
 
@@ -21,6 +21,8 @@ struct Image {
     current: Vec<u8>,
     /// What happened since the last sync.
     pending: Vec<Change>,
+    /// Whether it refuses writes.
+    full: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -58,13 +60,18 @@ impl Disk {
             durable: bytes.clone(),
             current: bytes,
             pending: Vec::new(),
+            full: false,
         })))
     }
 
-    fn change(&self, change: Change) {
+    fn change(&self, change: Change) -> io::Result<()> {
         let mut image = self.0.lock();
+        if image.full {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
         change.apply(&mut image.current);
         image.pending.push(change);
+        Ok(())
     }
 }
 
@@ -89,8 +96,7 @@ impl redb::StorageBackend for Disk {
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        self.change(Change::Length(index(len)?));
-        Ok(())
+        self.change(Change::Length(index(len)?))
     }
 
     fn sync_data(&self) -> io::Result<()> {
@@ -101,13 +107,13 @@ impl redb::StorageBackend for Disk {
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.change(Change::Write(index(offset)?, data.to_vec()));
-        Ok(())
+        self.change(Change::Write(index(offset)?, data.to_vec()))
     }
 }
 
 fn open(disk: &Disk) -> Result<Store, StoreError> {
-    Store::with_backend(disk.clone(), Path::new("a disk in memory"))
+    let disk = disk.clone();
+    Store::with_backend(Path::new("a disk in memory"), move || Ok(disk.clone()))
 }
 
 proptest! {
@@ -128,7 +134,7 @@ proptest! {
             let durability = if *durable { Durability::Now } else { Durability::Soon };
             model.apply(step);
             let outcome = model::apply(&store, step, durability, SnapshotId(number as u64 + 1));
-            // A refusal promises nothing.
+            // A refusal promises nothing about what came before.
             if *durable && outcome == Outcome::Done {
                 possible.clear();
             }
@@ -146,4 +152,56 @@ proptest! {
             "found {found:?}\nnone of {possible:?}"
         );
     }
+}
+
+#[test]
+fn a_full_disk_is_an_error_while_it_is_full() -> Result<(), StoreError> {
+    let disk = Disk::default();
+    let store = open(&disk)?;
+    let create = |name: &str, id: u64| {
+        let new = CreateSnapshot {
+            key: SnapshotKey::new("lazy", name),
+            kind: Kind::Active,
+            parent: None,
+            labels: Labels::new(),
+            id: SnapshotId(id),
+        };
+        store.write_blocking(Durability::Now, move |writer| writer.create(&new))
+    };
+    create("before", 1)?;
+    let before = model::contents(&store)?;
+    disk.0.lock().full = true;
+    for _ in 0..3 {
+        assert!(create("meanwhile", 2).is_err(), "nothing can be written");
+    }
+    disk.0.lock().full = false;
+    // The first failure after the disk has room again may still be the old database's.
+    let after = create("after", 3).or_else(|_| create("after", 3))?;
+    assert_eq!(after.info.name, "after");
+    let contents = model::contents(&store)?;
+    assert_eq!(contents.snapshots.len(), before.snapshots.len() + 1);
+    Ok(())
+}
+
+/// Deleting what a removed snapshot left behind waits for this.
+#[tokio::test]
+async fn a_flush_makes_earlier_changes_durable() -> Result<(), StoreError> {
+    let disk = Disk::default();
+    let store = open(&disk)?;
+    let new = CreateSnapshot {
+        key: SnapshotKey::new("lazy", "a"),
+        kind: Kind::Active,
+        parent: None,
+        labels: Labels::new(),
+        id: SnapshotId(1),
+    };
+    store
+        .write(Durability::Soon, move |writer| writer.create(&new))
+        .await?;
+    let key = SnapshotKey::new("lazy", "a");
+    let survives = |disk: &Disk| open(&disk.crash(|_| false))?.read()?.info(&key);
+    assert!(matches!(survives(&disk), Err(StoreError::NotFound { .. })));
+    store.flush().await?;
+    survives(&disk)?;
+    Ok(())
 }

@@ -214,7 +214,7 @@ pub(super) fn apply(store: &Store, step: &Step, durability: Durability, id: Snap
 pub(super) fn contents(store: &Store) -> Result<Model, StoreError> {
     let mut model = Model::default();
     let (mut ids, mut children, mut refs) = (Vec::new(), Vec::new(), Vec::new());
-    let transaction = store.inner.database.begin_read()?;
+    let transaction = store.inner.database.load().begin_read()?;
     for entry in transaction.open_table(SNAPSHOTS)?.iter()? {
         let (key, value) = entry?;
         let (snapshotter, key) = key.value();
