@@ -6,3 +6,4 @@ pub mod containerd;
 pub mod demo;
 pub mod floor;
 pub mod sample;
+pub mod steady;
