@@ -1,0 +1,110 @@
+//! What these tests share beside the fixture of the lazy suite.
+
+use std::path::Path;
+
+use formats::{digest::Digest, oci::Manifest};
+use lab::Totals;
+use serde_json::Value;
+use suite::{
+    isolate, machine,
+    pushed::{PushedImage, PushedLayer},
+    skip,
+};
+
+use crate::fixture::Fixture;
+
+/// One fetch may overlap what is local already by this much, which shows in tiny layers only.
+const ONE_REQUEST: u64 = 64 << 10;
+
+/// Whether the test may go on: as root, in a process and a mount namespace of its own.
+pub(crate) fn ready() -> bool {
+    if !machine::is_root() {
+        skip("mounting needs root");
+        return false;
+    }
+    isolate::enter(400)
+}
+
+/// The reason shown for layer `index` of `image`, which got an ordinary unpack.
+pub(crate) fn why_not(fixture: &Fixture, image: &PushedImage, index: usize) -> String {
+    let (_, layers) = fixture.admin("GET", "/v1/layers");
+    let chain = image.chains[index].to_string();
+    let found = layers["not_lazy"]
+        .as_array()
+        .expect("a list")
+        .iter()
+        .find(|entry| {
+            entry["snapshot"]
+                .as_str()
+                .is_some_and(|key| key.ends_with(&chain))
+        })
+        .and_then(|entry| entry["why_not"].as_str());
+    found
+        .unwrap_or_else(|| panic!("no reason for layer {index} in {layers}"))
+        .to_owned()
+}
+
+/// Hydrates everything the daemon holds, waits for it, and returns the verdicts.
+pub(crate) fn verdicts(fixture: &Fixture) -> Vec<Value> {
+    let (status, answer) = fixture.admin("POST", "/v1/hydrate");
+    assert_eq!(status, 200, "{answer}");
+    answer["layers"].as_array().expect("a list").clone()
+}
+
+/// Asserts that every layer is complete and proven.
+pub(crate) fn all_proven(fixture: &Fixture) {
+    for layer in verdicts(fixture) {
+        assert!(
+            layer["verdict"] == "proven" && layer["complete"] == true,
+            "{layer}\n{}",
+            fixture.daemon.log()
+        );
+    }
+}
+
+/// Asserts the bound on what the registry sent of each layer: 1.01 of its size, or for layers
+/// where that is less than one request of 64 KiB, its size and one such request.
+pub(crate) fn within_egress_bound(totals: &Totals, layers: &[(Digest, u64)]) {
+    for (digest, size) in layers {
+        let sent = totals.blobs.get(digest).map_or(0, |blob| blob.bytes);
+        let bound = (size + size / 100).max(size + ONE_REQUEST);
+        eprintln!("layer {digest}: {sent} of {size} bytes sent");
+        assert!(sent <= bound, "{digest}: {sent} bytes sent of {size}");
+    }
+}
+
+/// Digest and size of each layer.
+pub(crate) fn sizes(image: &PushedImage) -> Vec<(Digest, u64)> {
+    image
+        .layers
+        .iter()
+        .map(|layer| (layer.digest(), layer.descriptor.size))
+        .collect()
+}
+
+/// A layer of an OCI layout as it stands, whoever made it.
+pub(crate) fn layout_layers(layout: &Path, manifest: &Manifest) -> Vec<PushedLayer> {
+    let read = |digest: &Digest| {
+        let path = layout.join(formats::oci::blob_path(digest));
+        std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+    };
+    manifest
+        .layers
+        .iter()
+        .map(|descriptor| {
+            let blob = read(&descriptor.digest);
+            let mut tar = Vec::new();
+            let mut inflater = formats::gzip::Inflater::new(1 << 32);
+            inflater
+                .push(&blob, &mut |bytes| tar.extend_from_slice(bytes))
+                .expect("a gzip layer");
+            inflater.finish().expect("a whole gzip layer");
+            PushedLayer {
+                diff_id: Digest::of(&tar),
+                tar,
+                blob,
+                descriptor: descriptor.clone(),
+            }
+        })
+        .collect()
+}
