@@ -62,7 +62,6 @@ impl Layers {
         let this = Arc::clone(self);
         let watch = async move {
             let record = over.await;
-            this.watched.lock().remove(&number);
             if let Some(record) = record
                 && let Err(error) = this.conclude(number, &record).await
             {
@@ -71,6 +70,8 @@ impl Layers {
                     "cannot record a verdict"
                 );
             }
+            // Only now: whoever waits for the verdict reads it from the table.
+            this.watched.lock().remove(&number);
         };
         tokio::spawn(watch.instrument(info_span!("hydration", layer = %record.identity.layer)));
     }

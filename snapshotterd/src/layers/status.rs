@@ -209,7 +209,7 @@ impl Layers {
         let mut verdicts = Vec::new();
         for record in layers {
             // The verdict reaches the table a moment after the pass is over.
-            for _ in 0..100 {
+            for _ in 0..500 {
                 if !self.watched.lock().contains(&record.number) {
                     break;
                 }
