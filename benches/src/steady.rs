@@ -299,10 +299,10 @@ impl Bench<'_> {
                 if device != Device::Filling || !lazy {
                     self.drop_caches(node, std::slice::from_ref(&tree), &[images::LARGE_FILE])?;
                 }
-                let Some(group) = self.group(&what)? else {
+                let Some(group) = self.group(&what) else {
                     return Ok(());
                 };
-                let charge = self.read_once(&group, vec![tree], &[images::LARGE_FILE])?;
+                let charge = Self::read_once(&group, vec![tree], &[images::LARGE_FILE])?;
                 let side = if lazy { &mut sides.0 } else { &mut sides.1 };
                 side.push(charge.used as f64);
             }
@@ -343,12 +343,12 @@ impl Bench<'_> {
                     });
                 }
                 self.drop_caches(node, &trees, &files)?;
-                let (Some(group), Some(daemons)) = (self.group(&what)?, self.group(&what)?) else {
+                let (Some(group), Some(daemons)) = (self.group(&what), self.group(&what)) else {
                     return Ok(());
                 };
                 // What the daemon reads for the reader is part of the cost.
                 let _moved = daemons.visit(node.pid())?;
-                let charge = self.read_once(&group, trees, &files)?;
+                let charge = Self::read_once(&group, trees, &files)?;
                 let side = if lazy { &mut sides.0 } else { &mut sides.1 };
                 let daemon_cache = if lazy { daemons.charge()?.cache } else { 0 };
                 side.push((charge.cache + daemon_cache) as f64);
@@ -377,7 +377,7 @@ impl Bench<'_> {
         Ok(())
     }
 
-    fn read_once(&self, group: &Group, trees: Vec<Tree>, files: &[&str]) -> Result<Charge> {
+    fn read_once(group: &Group, trees: Vec<Tree>, files: &[&str]) -> Result<Charge> {
         let plan = Plan {
             group: Some(group.clone()),
             trees,
@@ -403,14 +403,14 @@ impl Bench<'_> {
     }
 
     /// A fresh group, or the reason why there is none, said once.
-    fn group(&mut self, what: &str) -> Result<Option<Group>> {
+    fn group(&mut self, what: &str) -> Option<Group> {
         match Group::make() {
-            Ok(group) => Ok(Some(group)),
+            Ok(group) => Some(group),
             Err(error) => {
                 let why = format!("SKIP: {what}: {error:#}");
                 eprintln!("{why}");
                 self.skipped.push(why);
-                Ok(None)
+                None
             }
         }
     }

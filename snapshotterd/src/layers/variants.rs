@@ -117,7 +117,8 @@ fn make(opener: &Opener, record: &LayerRecord, variant: &str) -> Result<(), Stri
             tree.set_implied_attrs(&path, attrs);
         }
     }
-    let image = erofs::write(&tree.as_unpacked(), record.device_len).map_err(|error| report(&error))?;
+    let image =
+        erofs::write(&tree.as_unpacked(), record.device_len).map_err(|error| report(&error))?;
     write_whole(&dir.metadata(variant), &image).map_err(|error| error.to_string())
 }
 
