@@ -57,7 +57,7 @@ impl Daemon {
         let log = self.dir.join("daemon.log");
         wait_for("snapshotterd to listen", Duration::from_secs(20), || {
             assert!(process.is_running(), "snapshotterd exited:\n{}", tail(&log));
-            UnixStream::connect(&socket).is_ok()
+            listens(&socket, process.pid())
         });
     }
 
@@ -163,4 +163,14 @@ pub fn tail(path: &Path) -> String {
     let text = std::fs::read_to_string(path).unwrap_or_default();
     let lines: Vec<_> = text.lines().collect();
     lines[lines.len().saturating_sub(60)..].join("\n")
+}
+
+/// Whether this very process listens. A child that a killed daemon was just forking may hold the old
+/// socket a moment longer; what connects to that is reset.
+fn listens(socket: &Path, pid: u32) -> bool {
+    let Ok(stream) = UnixStream::connect(socket) else {
+        return false;
+    };
+    rustix::net::sockopt::socket_peercred(&stream)
+        .is_ok_and(|peer| u32::try_from(peer.pid.as_raw_pid()) == Ok(pid))
 }
