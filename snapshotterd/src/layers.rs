@@ -28,7 +28,7 @@ use std::{
     collections::{HashMap, HashSet},
     fmt, io,
     path::PathBuf,
-    sync::Arc,
+    sync::{Arc, atomic::AtomicBool},
     time::{Duration, Instant},
 };
 
@@ -111,6 +111,8 @@ pub struct Layers {
     watched: Mutex<HashSet<LayerNumber>>,
     prefetch_limit: u64,
     metrics: Metrics,
+    /// An index was parsed since memory was given back last.
+    parsed: Arc<AtomicBool>,
     sweeping: tokio::sync::Mutex<()>,
 }
 
@@ -127,6 +129,7 @@ impl Layers {
     /// Loads what is known. No network, no mounts: that is [`Self::recover`]'s.
     pub fn open(options: LayersOptions) -> io::Result<Self> {
         let table = Arc::clone(&options.opener.table);
+        let parsed = Arc::clone(&options.opener.parsed);
         std::fs::create_dir_all(&options.opener.layers)?;
         let serving = watch::Sender::new(None);
         let parts = LayerParts::new(
@@ -157,6 +160,7 @@ impl Layers {
             unreferenced: Mutex::default(),
             watched: Mutex::default(),
             metrics: options.metrics,
+            parsed,
             sweeping: tokio::sync::Mutex::default(),
         })
     }

@@ -23,4 +23,5 @@ pub mod notify;
 pub mod resolve;
 pub mod service;
 pub mod store;
+pub mod sys;
 pub mod trust;

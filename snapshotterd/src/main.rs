@@ -14,6 +14,7 @@ use snapshotterd::{
     daemon::Daemon,
     logging,
     notify::Notify,
+    sys,
 };
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -79,6 +80,7 @@ enum ConfigAction {
 }
 
 fn main() -> ExitCode {
+    sys::limit_heaps();
     let command = Command::parse();
     match run(command) {
         Ok(code) => code,

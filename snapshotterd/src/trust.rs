@@ -16,7 +16,6 @@ use storage::{
 use crate::{
     layers::{
         blobs::Opener,
-        index,
         record::{LayerNumber, LayerRecord},
     },
     resolve::plan::{Documents, Unknown},
@@ -87,7 +86,9 @@ impl Prove for TocProver {
             Err(reason) => return Ok(Verdict::Unprovable { reason }),
         };
         let limits = self.opener.limits;
-        let layer = index::load(&self.opener.dir(self.number), &record, &limits)
+        let layer = self
+            .opener
+            .load(&record)
             .map_err(|error| io::Error::other(report(&error)))?;
         let proof = StargzProof {
             layer: Arc::new(layer),

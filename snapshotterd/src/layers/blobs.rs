@@ -13,13 +13,13 @@ use std::{
     path::PathBuf,
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
 
 use arc_swap::ArcSwapOption;
-use formats::{digest::Digest, limits::Limits};
+use formats::{digest::Digest, limits::Limits, stargz::StargzLayer};
 use fuse::Nodes;
 use parking_lot::Mutex;
 use storage::{
@@ -32,7 +32,7 @@ use tracing::{debug, warn};
 
 use super::{
     dir::LayerDir,
-    index,
+    index::{self, IndexError},
     origin::OriginSource,
     record::{LayerNumber, LayerRecord},
     table::LayerTable,
@@ -54,12 +54,20 @@ pub struct Opener {
     pub scheduler: Arc<Scheduler>,
     /// Bounds for parsing.
     pub limits: Limits,
+    /// Set when an index was parsed: much memory was used for a moment.
+    pub parsed: Arc<AtomicBool>,
 }
 
 impl Opener {
     /// The layer's directory.
     pub fn dir(&self, number: LayerNumber) -> LayerDir {
         LayerDir::new(&self.layers, number)
+    }
+
+    /// Reads and parses a layer's index. Blocks.
+    pub fn load(&self, record: &LayerRecord) -> Result<StargzLayer, IndexError> {
+        self.parsed.store(true, Ordering::Relaxed);
+        index::load(&self.dir(record.number), record, &self.limits)
     }
 
     /// Opens the compressed side. Blocks shortly.
@@ -86,8 +94,7 @@ impl Opener {
             .table
             .layer(number)
             .ok_or_else(|| format!("layer {number} is not known"))?;
-        let layer = index::load(&self.dir(number), &record, &self.limits)
-            .map_err(|error| report(&error))?;
+        let layer = self.load(&record).map_err(|error| report(&error))?;
         let wire = self.wire(&record).map_err(|error| report(&error))?;
         LayerBlob::open(wire, Arc::new(layer.map), CacheOptions::default())
             .map_err(|error| report(&error))

@@ -2,7 +2,7 @@
 //! image, open the cache, begin with the start list.
 
 use std::{
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -158,6 +158,7 @@ impl Layers {
             .await
             .map_err(|error| from_index(record.identity.layer, &error))?;
         let limits = self.opener().limits;
+        self.parsed.store(true, Ordering::Relaxed);
         let (identity, dir) = (record.identity, dir);
         let made = blocking(move || make(&dir, identity, &toc, wire, &limits)).await?;
         let number = record.number;

@@ -3,7 +3,7 @@
 use std::{
     fs, io,
     path::Path,
-    sync::{Arc, Weak},
+    sync::{Arc, Weak, atomic::Ordering},
     time::Duration,
 };
 
@@ -21,6 +21,8 @@ use crate::store::StoreError;
 
 /// Layers that go on hydrating after a start, at the same time.
 const RESUME_PARALLEL: usize = 8;
+/// How often memory that is free goes back to the system, if much was used.
+const GIVE_BACK_EVERY: Duration = Duration::from_secs(3);
 /// How often what nobody uses is looked for.
 const SWEEP_EVERY: Duration = Duration::from_secs(60);
 
@@ -62,6 +64,7 @@ impl Layers {
         self.remove_leftovers().await?;
         let weak = Arc::downgrade(self);
         tokio::spawn(sweep_forever(weak));
+        tokio::spawn(give_back_forever(Arc::downgrade(self)));
         let this = Arc::clone(self);
         tokio::spawn(async move { this.resume().await });
         if let Some(error) = failure {
@@ -215,6 +218,21 @@ fn numbered(layers: &Path) -> Vec<LayerNumber> {
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
         .map(LayerNumber)
         .collect()
+}
+
+/// Parsing an index takes tens of megabytes for a moment; when things are quiet again they go back
+/// to the system.
+async fn give_back_forever(layers: Weak<Layers>) {
+    loop {
+        tokio::time::sleep(GIVE_BACK_EVERY).await;
+        let Some(layers) = layers.upgrade() else {
+            return;
+        };
+        if layers.parsed.swap(false, Ordering::Relaxed) {
+            // Nothing to be done about a panic in the allocator.
+            let _ = tokio::task::spawn_blocking(crate::sys::give_memory_back).await;
+        }
+    }
 }
 
 async fn sweep_forever(layers: Weak<Layers>) {

@@ -16,7 +16,6 @@ use storage::ranges::report;
 use super::{
     Layers,
     blobs::describe,
-    index,
     record::{LayerNumber, LayerRecord},
 };
 use crate::{
@@ -126,13 +125,11 @@ impl Layers {
             })));
         };
         let touched = blob.touched();
-        let (opener, record_) = (self.opener().clone(), Arc::clone(&record));
-        let layer = tokio::task::spawn_blocking(move || {
-            index::load(&opener.dir(record_.number), &record_, &opener.limits)
-        })
-        .await
-        .map_err(|error| error.to_string())?
-        .map_err(|error| report(&error))?;
+        let (opener, known) = (self.opener().clone(), Arc::clone(&record));
+        let layer = tokio::task::spawn_blocking(move || opener.load(&known))
+            .await
+            .map_err(|error| error.to_string())?
+            .map_err(|error| report(&error))?;
         let paths = paths_by_chunk(&layer.tree, &layer.map);
         let mut seen = HashSet::new();
         let mut files = Vec::new();

@@ -14,7 +14,6 @@ use super::{
     blobs::Opener,
     dir::{LayerDir, write_whole},
     implied::{BASE_VARIANT, Found, Lookup, inherit, variant_name},
-    index,
     record::{LayerNumber, LayerRecord, LazySnapshot},
 };
 
@@ -105,9 +104,7 @@ pub fn write_base(
 
 fn make(opener: &Opener, record: &LayerRecord, variant: &str) -> Result<(), String> {
     let dir = opener.dir(record.number);
-    let mut tree = index::load(&dir, record, &opener.limits)
-        .map_err(|error| report(&error))?
-        .tree;
+    let mut tree = opener.load(record).map_err(|error| report(&error))?.tree;
     if variant != BASE_VARIANT {
         let path = dir.inherited(variant);
         let text = fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;

@@ -4,6 +4,7 @@
 mod chains;
 mod fixture;
 mod forged;
+mod memory;
 mod reasons;
 mod restart;
 mod simple;

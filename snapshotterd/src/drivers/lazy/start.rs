@@ -57,6 +57,7 @@ pub fn start(context: &Context, overlayfs: Arc<Overlayfs>) -> Result<Arc<dyn Dri
         remote,
         scheduler: Scheduler::new(runtime, SchedulerOptions::default()),
         limits: Limits::default(),
+        parsed: Arc::default(),
     };
     let layers = Layers::open(LayersOptions {
         config: Arc::clone(config),
