@@ -57,7 +57,7 @@ pub(crate) fn push(
             level: 1,
             ..WriterOptions::default()
         };
-        pushed.push(PushedLayer::estargz_with(&tar.finish(), options));
+        pushed.push(PushedLayer::estargz_with(&tar.finish(), &options));
     }
     (PushedImage::push(lab, repository, "1", &pushed), sums)
 }
