@@ -227,6 +227,10 @@ impl LayerBlob {
     }
 
     fn run_job(&self, group: usize, scratch: &mut Scratch) {
+        if self.wire.is_closed() {
+            // Nothing may be written any more; who waits is left to a successor.
+            return;
+        }
         {
             let mut tasks = self.tasks.lock();
             match tasks.get_mut(&group) {

@@ -243,12 +243,15 @@ impl LayerBlob {
         self.touched.list().into_iter().map(ChunkIdx).collect()
     }
 
-    /// Makes everything durable and leaves the marker of a clean stop. Fetches under way go on.
+    /// Stops fetching, makes everything durable and leaves the marker of a clean stop. What is
+    /// local can still be read; whoever waits for more is not answered any more (with the daemon
+    /// going, its successor answers). Afterwards the folder belongs to the next opener.
     pub async fn close(self: &Arc<Self>) -> io::Result<()> {
         let blob = Arc::clone(self);
         let closed = tokio::task::spawn_blocking(move || {
-            blob.wire.flush(true)?;
-            blob.store.flush(true)?;
+            let flushed = blob.wire.flush(true).and_then(|()| blob.store.flush(true));
+            blob.wire.shut();
+            flushed?;
             std::fs::write(blob.wire.dir().join("clean"), b"")
         });
         closed
@@ -265,7 +268,7 @@ impl LayerBlob {
 
     /// Marks a chunk whose verified bytes have been written to `data`.
     pub(crate) fn mark_present(&self, number: usize, chunk: &Chunk) {
-        if self.store.bits.set(number as u64) {
+        if self.wire.is_closed() || self.store.bits.set(number as u64) {
             return;
         }
         self.present_payload
@@ -293,6 +296,9 @@ impl LayerBlob {
             tokio::time::sleep(super::FLUSH_EVERY).await;
             let Some(blob) = me.upgrade() else { return };
             blob.flush_pending.store(false, Ordering::Release);
+            if blob.wire.is_closed() {
+                return;
+            }
             let flushed =
                 tokio::task::spawn_blocking(move || (blob.store.flush(false), blob)).await;
             if let Ok((Err(error), blob)) = flushed {
@@ -460,6 +466,12 @@ impl Listener for LayerBlob {
 
     fn ended(&self, fetch: Ended, result: Result<(), FetchError>) {
         self.on_ended(&fetch, result);
+    }
+}
+
+impl Drop for LayerBlob {
+    fn drop(&mut self) {
+        self.wire.shut();
     }
 }
 

@@ -89,6 +89,9 @@ pub struct Wire {
     duplicate_left: AtomicU64,
     /// Told whenever bytes arrived or a fetch ended.
     moved: Notify,
+    /// Nothing more is fetched, written or recorded.
+    closed: AtomicBool,
+    closing: Notify,
     pub(crate) me: Weak<Self>,
 }
 
@@ -142,6 +145,8 @@ impl Wire {
             flush_pending: AtomicBool::new(false),
             duplicate_left: AtomicU64::new(len / DUPLICATE_SHARE),
             moved: Notify::new(),
+            closed: AtomicBool::new(false),
+            closing: Notify::new(),
             me: me.clone(),
         }))
     }
@@ -169,6 +174,19 @@ impl Wire {
     /// Bytes of the blob that are local.
     pub fn present_bytes(&self) -> u64 {
         (self.store.bits.count() * BLOCK).min(self.len)
+    }
+
+    /// Stops all fetches. What was marked until now has been flushed or is lost; nothing in the
+    /// folder is touched any more.
+    pub(crate) fn shut(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+        self.closing.notify_waiters();
+        drop(std::mem::take(&mut self.flights.lock().waits));
+        self.moved.notify_waiters();
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::SeqCst)
     }
 
     pub(crate) fn origin(&self) -> String {
@@ -199,6 +217,9 @@ impl Wire {
     }
 
     pub(crate) fn flush(&self, force: bool) -> io::Result<()> {
+        if self.is_closed() {
+            return Ok(());
+        }
         self.store.flush(force)
     }
 
@@ -251,7 +272,7 @@ impl Wire {
         patience: Option<u64>,
     ) {
         let mut begun = Vec::new();
-        {
+        if !self.is_closed() {
             let mut flights = self.flights.lock();
             for run in self.unclaimed(&flights, range, patience) {
                 if !needed
@@ -313,12 +334,13 @@ impl Wire {
 
     /// Waits until `range` is present; fails when a fetch failed and nothing else will bring it.
     pub(crate) async fn wait(&self, range: Range<u64>) -> Result<(), FetchError> {
+        let whole = range.clone();
         let done = {
             let mut flights = self.flights.lock();
             if self.has(range.clone()) {
                 return Ok(());
             }
-            if !self.unclaimed(&flights, &range, None).is_empty() {
+            if self.is_closed() || !self.unclaimed(&flights, &range, None).is_empty() {
                 return Err(self.nothing_under_way(range));
             }
             let (tx, rx) = oneshot::channel();
@@ -326,8 +348,11 @@ impl Wire {
             flights.waits.push(Wait { range, done: tx });
             rx
         };
-        // The sender lives in `self`, so it is not dropped before it was used.
-        done.await.unwrap_or(Ok(()))
+        match done.await {
+            Ok(result) => result,
+            // The wire was closed.
+            Err(_) => Err(self.nothing_under_way(whole)),
+        }
     }
 
     fn nothing_under_way(&self, range: Range<u64>) -> FetchError {
@@ -342,6 +367,9 @@ impl Wire {
     /// Writes bytes that arrived and marks the blocks that are now complete. `whole_from` is where
     /// the uninterrupted run that ends with these bytes began. Blocks.
     fn accept(&self, whole_from: u64, at: u64, parts: &[bytes::Bytes]) -> io::Result<Range<u64>> {
+        if self.is_closed() {
+            return Ok(at..at);
+        }
         let mut offset = at;
         for part in parts {
             self.store.write(part, offset)?;
@@ -392,6 +420,9 @@ impl Wire {
     }
 
     fn first_unclaimed(&self, flights: &Flights, range: &Range<u64>) -> Option<Range<u64>> {
+        if self.is_closed() {
+            return None;
+        }
         self.missing(range).find_map(|run| {
             subtract(run, &flights.active, |_, _| false)
                 .into_iter()

@@ -25,7 +25,13 @@ pub(super) async fn pump(
     let mut flying = FuturesUnordered::new();
     loop {
         let strong = blob.upgrade()?;
-        let all = 0..strong.wire().blob_len();
+        let wire = Arc::clone(strong.wire());
+        // Whatever moves after this is noticed below.
+        let moved = wire.moved();
+        if wire.is_closed() {
+            return None;
+        }
+        let all = 0..wire.blob_len();
         let off = *mode.borrow() == Mode::Off;
         if !off
             && flying.len() < REQUESTS
@@ -58,10 +64,9 @@ pub(super) async fn pump(
             }
             continue;
         }
-        if strong.wire.has(all.clone()) {
+        if wire.has(all) {
             return Some(Ok(()));
         }
-        let wire = Arc::clone(strong.wire());
         drop(strong);
         tokio::select! {
             Some(result) = flying.next(), if !flying.is_empty() => {
@@ -71,8 +76,7 @@ pub(super) async fn pump(
             }
             changed = mode.changed() => changed.ok()?,
             // Others' fetches bring the rest; should one fail, what it leaves is ours to fetch.
-            () = wire.moved() => {}
-            () = tokio::time::sleep(std::time::Duration::from_millis(200)) => {}
+            () = moved => {}
         }
     }
 }

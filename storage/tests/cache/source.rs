@@ -84,6 +84,11 @@ impl Scripted {
         self.open.send_modify(|open| *open += pieces);
     }
 
+    /// Whether all pieces that may be delivered have been.
+    pub(crate) fn is_used_up(&self) -> bool {
+        self.delivered.load(Ordering::SeqCst) >= *self.open.borrow()
+    }
+
     pub(crate) fn resume(&self) {
         self.open.send_replace(u64::MAX);
     }
@@ -174,10 +179,13 @@ impl RangeSource for Handle {
                 let piece = pieces.pop_front()?;
                 let mut open = source.open.subscribe();
                 let turn = source.delivered.clone();
-                open.wait_for(|open| turn.load(Ordering::SeqCst) < *open)
-                    .await
-                    .ok()?;
-                turn.fetch_add(1, Ordering::SeqCst);
+                open.wait_for(|open| {
+                    let take = |done| (done < *open).then_some(done + 1);
+                    turn.fetch_update(Ordering::SeqCst, Ordering::SeqCst, take)
+                        .is_ok()
+                })
+                .await
+                .ok()?;
                 // As a network does: the receiver gets to work between pieces.
                 tokio::task::yield_now().await;
                 if let Ok(piece) = &piece {

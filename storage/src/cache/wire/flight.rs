@@ -98,7 +98,15 @@ impl Wire {
         // `self` is always behind the Arc that `me` belongs to; without one nobody waits.
         if let Some(wire) = self.me.upgrade() {
             self.scheduler.runtime.spawn(async move {
-                let result = wire.fly(&flight, ticket).await;
+                let closing = wire.closing.notified();
+                if wire.is_closed() {
+                    return;
+                }
+                let result = tokio::select! {
+                    result = wire.fly(&flight, ticket) => result,
+                    // Who waits is not answered: a successor will do that.
+                    () = closing => return,
+                };
                 wire.land(&flight, &result);
                 // Nobody has to listen.
                 let _ = done.send(result);
