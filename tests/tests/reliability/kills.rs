@@ -132,15 +132,14 @@ fn a_hundred_kills_fail_no_read_and_no_request_for_good() {
         reader.assert_running(&format!("in round {round}"));
         // Answered before the kill, it holds after it; else a runtime asks again.
         let host = runtime.block_on(fixture.host("default"));
-        let answer = match runtime.block_on(asking).expect("no panic") {
-            Ok(answer) => answer,
-            Err(_) => {
-                interrupted += 1;
-                let again = runtime.block_on(asked.ask(&host));
-                again.unwrap_or_else(|status| {
-                    panic!("round {round}: {status}\n{}", fixture.daemon.log())
-                })
-            }
+        let answer = if let Ok(answer) = runtime.block_on(asking).expect("no panic") {
+            answer
+        } else {
+            interrupted += 1;
+            let again = runtime.block_on(asked.ask(&host));
+            again.unwrap_or_else(|status| {
+                panic!("round {round}: {status}\n{}", fixture.daemon.log())
+            })
         };
         if let Some((key, mounts)) = answer {
             let same = runtime.block_on(host.mounts(&key));
