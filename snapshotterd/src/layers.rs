@@ -5,7 +5,7 @@
 //! registry. What is kept on disk is described in [`dir`], what is kept in the store in [`table`].
 //!
 //! [`Layers::obtain`] resolves one layer; [`mounts`] shares its superblocks among chains;
-//! [`blobs`] holds the caches that are in use; [`sweep`] takes back what nobody uses.
+//! [`blobs`] holds the caches that are in use; `sweep` takes back what nobody uses.
 
 pub mod blobs;
 pub mod dir;
