@@ -177,7 +177,7 @@ fn run_until_ready(
     command
         .args(["run", "--rm", "--snapshotter", snapshotter])
         .args(containerd.run_flags())
-        .args([image, id]);
+        .args([image, &format!("{id}-{}", std::process::id())]);
     let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())

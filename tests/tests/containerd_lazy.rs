@@ -293,7 +293,11 @@ fn runs(line: Line) {
         PLUGIN.into(),
     ];
     args.extend(world.containerd.run_flags());
-    args.extend([image.reference.clone(), "first".into()]);
+    // runc keeps its state by name, outside of the private directories.
+    args.extend([
+        image.reference.clone(),
+        format!("first-{}", std::process::id()),
+    ]);
     let output = world.containerd.ctr(args);
     assert!(output.contains("ready"), "{output}");
     let served = world.lab.log().totals_since(&before);
