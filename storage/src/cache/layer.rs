@@ -1,5 +1,7 @@
 //! [`LayerBlob`]: the decoded bytes of one layer.
 
+mod checks;
+
 use std::{
     fmt, io,
     ops::Range,
@@ -12,12 +14,12 @@ use std::{
 
 use formats::{
     blobmap::{BlobMap, Chunk},
-    digest::Digest,
     units::ChunkIdx,
 };
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
+use self::checks::{check_map, table_digest, verify_present};
 use super::{
     bits::{Bits, index},
     chunks::Tasks,
@@ -487,66 +489,4 @@ impl fmt::Debug for LayerBlob {
 
 pub(crate) fn pages_of(range: &Range<u64>) -> Range<u64> {
     range.start / PAGE..range.end.div_ceil(PAGE)
-}
-
-/// The cache searches by remote position, so an index in another order would make readers wait
-/// for ever.
-fn check_map(map: &BlobMap, blob_len: u64) -> Result<(), OpenError> {
-    let (mut start, mut end, mut inner) = (0, 0, 0);
-    for (number, chunk) in map.chunks().iter().enumerate() {
-        let range = chunk.remote_range();
-        let disorder =
-            range.start < start || range.end < end || range.start == start && chunk.inner < inner;
-        if disorder || range.is_empty() || range.end > blob_len {
-            return Err(OpenError::BadMap {
-                chunk: number,
-                range,
-                blob_len,
-            });
-        }
-        (start, end) = (range.start, range.end);
-        inner = chunk.inner.saturating_add(u64::from(chunk.len));
-        if inner > MEMBER_MAX {
-            return Err(OpenError::TooDeep {
-                chunk: number,
-                needed: inner,
-                limit: MEMBER_MAX,
-            });
-        }
-    }
-    Ok(())
-}
-
-/// What `data` means: another layout of the same layer must not be taken for this one.
-fn table_digest(map: &BlobMap) -> [u8; 32] {
-    use sha2::Digest as _;
-    let mut hasher = sha2::Sha256::new();
-    for chunk in map.chunks() {
-        hasher.update(chunk.decoded.0.to_le_bytes());
-        hasher.update(chunk.len.to_le_bytes());
-        hasher.update(chunk.digest.as_bytes());
-    }
-    hasher.finalize().into()
-}
-
-/// Clears the bits of chunks whose bytes on disk do not have their digest.
-fn verify_present(store: &Store, map: &BlobMap, wire: &Wire) -> io::Result<()> {
-    let mut buf = Vec::new();
-    for (number, chunk) in map.chunks().iter().enumerate() {
-        let bit = number as u64;
-        if !store.bits.get(bit) {
-            continue;
-        }
-        buf.resize(index(u64::from(chunk.len)), 0);
-        store.read(&mut buf, chunk.decoded.0)?;
-        let actual = Digest::of(&buf);
-        if actual != chunk.digest {
-            store.bits.clear_range(bit..bit + 1);
-            wire.counters.event(format!(
-                "{}: chunk {number} at {} on disk has digest {actual} instead of {}: fetching it again",
-                wire.name, chunk.decoded, chunk.digest
-            ));
-        }
-    }
-    Ok(())
 }

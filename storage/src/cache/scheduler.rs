@@ -120,14 +120,7 @@ impl Scheduler {
             passes: Arc::new(Semaphore::new(options.passes.max(1))),
             runtime,
             options,
-            link: Mutex::new(Link {
-                flying: HashMap::new(),
-                next_id: 0,
-                origin: Instant::now(),
-                slots: VecDeque::new(),
-                round_trip: None,
-                last_reader: None,
-            }),
+            link: Mutex::new(Link::new(Instant::now())),
             changed: Notify::new(),
         })
     }
@@ -156,7 +149,7 @@ impl Scheduler {
 
     /// Registers a fetch that may start at once.
     pub(crate) fn enter(self: &Arc<Self>, cause: Cause, bytes: u64) -> Ticket {
-        let id = self.link.lock().add(cause, bytes);
+        let id = self.link.lock().add(cause, bytes, Instant::now());
         Ticket {
             scheduler: Arc::clone(self),
             id,
@@ -184,8 +177,9 @@ impl Scheduler {
             let changed = self.changed.notified();
             {
                 let mut link = self.link.lock();
-                if also(&link) && link.allows(cause, bytes, &self.options, Instant::now()) {
-                    let id = link.add(cause, bytes);
+                let now = Instant::now();
+                if also(&link) && link.allows(cause, bytes, &self.options, now) {
+                    let id = link.add(cause, bytes, now);
                     return Ticket {
                         scheduler: Arc::clone(self),
                         id,
@@ -199,8 +193,18 @@ impl Scheduler {
 }
 
 impl Link {
-    fn add(&mut self, cause: Cause, bytes: u64) -> u64 {
-        let now = Instant::now();
+    fn new(origin: Instant) -> Self {
+        Self {
+            flying: HashMap::new(),
+            next_id: 0,
+            origin,
+            slots: VecDeque::new(),
+            round_trip: None,
+            last_reader: None,
+        }
+    }
+
+    fn add(&mut self, cause: Cause, bytes: u64, now: Instant) -> u64 {
         self.next_id += 1;
         if matches!(cause, Cause::Demand | Cause::Metadata) {
             self.last_reader = Some(now);
@@ -216,6 +220,31 @@ impl Link {
             },
         );
         self.next_id
+    }
+
+    /// Whether a start waits for them.
+    fn arrived(&mut self, id: u64, bytes: u64, now: Instant) -> bool {
+        let mut urgent = false;
+        let mut waited = None;
+        if let Some(flying) = self.flying.get_mut(&id) {
+            flying.outstanding = flying.outstanding.saturating_sub(bytes);
+            flying.moved = now;
+            urgent = flying.urgent();
+            if matches!(flying.cause, Cause::Demand | Cause::Metadata) {
+                self.last_reader = Some(now);
+            }
+            if !flying.first_byte {
+                flying.first_byte = true;
+                waited = Some(now.duration_since(flying.begun));
+            }
+        }
+        if let Some(waited) = waited {
+            // The minimum, forgotten slowly: queueing must not pass for distance.
+            let aged = self.round_trip.map(|old| old + old / 64);
+            self.round_trip = Some(aged.map_or(waited, |old| old.min(waited)));
+        }
+        self.count(bytes, urgent, now);
+        urgent
     }
 
     fn slot(&self, now: Instant) -> u64 {
@@ -319,29 +348,11 @@ impl Ticket {
 
     /// Notes that body bytes arrived.
     pub(crate) fn arrived(&self, bytes: u64) {
-        let now = Instant::now();
-        let mut link = self.scheduler.link.lock();
-        let mut urgent = false;
-        let mut waited = None;
-        if let Some(flying) = link.flying.get_mut(&self.id) {
-            flying.outstanding = flying.outstanding.saturating_sub(bytes);
-            flying.moved = now;
-            urgent = flying.urgent();
-            if !flying.first_byte {
-                flying.first_byte = true;
-                waited = Some(now.duration_since(flying.begun));
-            }
-        }
-        if let Some(waited) = waited {
-            // The minimum, forgotten slowly: queueing must not pass for distance.
-            let aged = link.round_trip.map(|old| old + old / 64);
-            link.round_trip = Some(aged.map_or(waited, |old| old.min(waited)));
-        }
-        if urgent {
-            link.last_reader = Some(now);
-        }
-        link.count(bytes, urgent, now);
-        drop(link);
+        let urgent = self
+            .scheduler
+            .link
+            .lock()
+            .arrived(self.id, bytes, Instant::now());
         if !urgent {
             self.scheduler.changed.notify_waiters();
         }
@@ -354,5 +365,112 @@ impl Drop for Ticket {
         link.flying.remove(&self.id);
         drop(link);
         self.scheduler.changed.notify_waiters();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const K: u64 = 1 << 10;
+
+    fn at(link: &Link, ms: u64) -> Instant {
+        link.origin + Duration::from_millis(ms)
+    }
+
+    fn options() -> SchedulerOptions {
+        SchedulerOptions {
+            hydration_busy_bytes: 256 * K,
+            hydration_idle_bytes: 4096 * K,
+            prefetch_bytes: 1024 * K,
+            ..SchedulerOptions::default()
+        }
+    }
+
+    /// A link that hydration has filled at 10 KiB a millisecond until `ms`.
+    fn measured(ms: u64) -> Link {
+        let mut link = Link::new(Instant::now());
+        let id = link.add(Cause::Hydration, 1 << 40, at(&link, 0));
+        for step in 1..=ms {
+            link.arrived(id, 10 * K, at(&link, step));
+        }
+        link.flying.clear();
+        link
+    }
+
+    #[test]
+    fn hydration_fills_an_idle_link_and_keeps_low_beside_readers() {
+        let mut link = measured(1000);
+        let now = at(&link, 1001);
+        let limits = options();
+        assert!(link.allows(Cause::Hydration, 1024 * K, &limits, now));
+        link.add(Cause::Hydration, 1024 * K, now);
+        assert!(link.allows(Cause::Hydration, 1024 * K, &limits, now));
+        let reader = link.add(Cause::Demand, 64 * K, now);
+        assert!(
+            !link.allows(Cause::Hydration, 128 * K, &limits, now),
+            "too much is out"
+        );
+        link.flying.retain(|id, _| *id == reader);
+        assert!(
+            link.allows(Cause::Hydration, 128 * K, &limits, now),
+            "readers used nothing yet"
+        );
+        assert!(
+            link.allows(Cause::Demand, 1 << 40, &limits, now),
+            "readers never wait"
+        );
+    }
+
+    #[test]
+    fn nothing_begins_while_readers_use_more_than_half() {
+        for (per_ms, allowed) in [(4 * K, true), (6 * K, false)] {
+            let mut link = measured(1000);
+            let reader = link.add(Cause::Demand, 1 << 40, at(&link, 1000));
+            for step in 1001..=1249 {
+                link.arrived(reader, per_ms, at(&link, step));
+            }
+            let now = at(&link, 1249);
+            assert_eq!(
+                link.allows(Cause::Hydration, 128 * K, &options(), now),
+                allowed
+            );
+            // Between two single faults the link counts as in use, but is free to be used.
+            link.flying.clear();
+            assert!(link.allows(Cause::Hydration, 128 * K, &options(), now));
+            link.add(Cause::Hydration, 128 * K, now);
+            link.add(Cause::Hydration, 128 * K, now);
+            assert!(!link.allows(Cause::Hydration, 128 * K, &options(), now));
+        }
+    }
+
+    #[test]
+    fn what_stalls_does_not_count() {
+        let mut link = measured(1000);
+        let begun = at(&link, 1000);
+        for cause in [Cause::Demand, Cause::Prefetch, Cause::Hydration] {
+            link.add(cause, 1 << 40, begun);
+        }
+        let limits = options();
+        let soon = at(&link, 1500);
+        assert!(!link.allows(Cause::Prefetch, 1024 * K, &limits, soon));
+        assert!(!link.allows(Cause::Hydration, 1024 * K, &limits, soon));
+        let later = at(&link, 2500);
+        assert!(link.allows(Cause::Prefetch, 1024 * K, &limits, later));
+        assert!(link.allows(Cause::Hydration, 1024 * K, &limits, later));
+        assert!(!link.busy(later));
+    }
+
+    #[test]
+    fn the_link_is_measured_by_its_best() {
+        let mut link = measured(1000);
+        assert_eq!(
+            link.bandwidth_delay(),
+            10 * K,
+            "the first byte took a millisecond"
+        );
+        let slow = link.add(Cause::Demand, K, at(&link, 1000));
+        link.arrived(slow, K, at(&link, 1900));
+        assert!(link.bandwidth_delay() < 11 * K, "a queue is no distance");
     }
 }

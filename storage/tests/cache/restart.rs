@@ -207,3 +207,38 @@ async fn hydration_goes_on_where_it_was_without_fetching_twice() {
     // What was received but not yet flushed may come again: a few blocks.
     assert!(source.served() + fresh.served() <= size + size / 100);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_closed_cache_leaves_its_folder_to_the_next_one() {
+    let layer = Layer::new(&[100_000; 40], 100_000, 1);
+    let source = layer.source();
+    let dir = tempfile::tempdir().unwrap();
+    let old = open(dir.path(), &layer, &source);
+    read(&old, 0, 100_000).await.unwrap();
+    source.stall();
+    let last = layer.map.chunks()[39].decoded.0;
+    let waiting = tokio::spawn({
+        let old = old.clone();
+        async move { read(&old, last, 10).await }
+    });
+    until(|| old.status().waiting_readers == 1).await;
+    old.close().await.unwrap();
+    let count = old.wire().present_bytes();
+
+    // Somebody else takes over while the old one is still held and its source wakes up.
+    let fresh = layer.source();
+    let new = open(dir.path(), &layer, &fresh);
+    source.resume();
+    let len = layer.decoded.len();
+    assert!(read(&new, 0, len).await.unwrap() == *layer.decoded);
+    assert_eq!(read(&old, 0, 10).await.unwrap(), layer.expected(0..10));
+    assert_eq!(old.wire().present_bytes(), count);
+    assert!(
+        !waiting.is_finished(),
+        "the successor answers, not the old one"
+    );
+    new.close().await.unwrap();
+    drop((old, new));
+    waiting.abort();
+    assert_eq!(local_chunks(dir.path(), &layer).await, 40);
+}
