@@ -251,10 +251,11 @@ impl LayerBlob {
     pub async fn close(self: &Arc<Self>) -> io::Result<()> {
         let blob = Arc::clone(self);
         let closed = tokio::task::spawn_blocking(move || {
-            let flushed = blob.wire.flush(true).and_then(|()| blob.store.flush(true));
+            let flushed = blob.wire.flush(true).and_then(|()| blob.flush(true));
             blob.wire.shut();
-            flushed?;
-            std::fs::write(blob.wire.dir().join("clean"), b"")
+            let marked = flushed.and_then(|()| std::fs::write(blob.wire.dir().join("clean"), b""));
+            blob.wire.leave_folder();
+            marked
         });
         closed
             .await
@@ -289,6 +290,13 @@ impl LayerBlob {
         }
     }
 
+    fn flush(&self, force: bool) -> io::Result<()> {
+        match self.wire.usage() {
+            Some(_guard) => self.store.flush(force),
+            None => Ok(()),
+        }
+    }
+
     fn schedule_flush(&self) {
         if self.flush_pending.swap(true, Ordering::AcqRel) {
             return;
@@ -298,11 +306,7 @@ impl LayerBlob {
             tokio::time::sleep(super::FLUSH_EVERY).await;
             let Some(blob) = me.upgrade() else { return };
             blob.flush_pending.store(false, Ordering::Release);
-            if blob.wire.is_closed() {
-                return;
-            }
-            let flushed =
-                tokio::task::spawn_blocking(move || (blob.store.flush(false), blob)).await;
+            let flushed = tokio::task::spawn_blocking(move || (blob.flush(false), blob)).await;
             if let Ok((Err(error), blob)) = flushed {
                 blob.note_error(format!(
                     "{}: cannot make decoded chunks durable: {error}",

@@ -15,7 +15,9 @@
 //! first byte; their product is how much must be outstanding to keep it busy.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
+    io,
+    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -79,6 +81,21 @@ pub struct Scheduler {
     pub(crate) passes: Arc<Semaphore>,
     link: Mutex<Link>,
     changed: Notify,
+    /// Folders in use by a cache of this process.
+    folders: Arc<Mutex<HashSet<PathBuf>>>,
+}
+
+/// The right to use a folder. Two caches in one folder would make each other's maps lie.
+#[derive(Debug)]
+pub(crate) struct FolderClaim {
+    folders: Arc<Mutex<HashSet<PathBuf>>>,
+    path: PathBuf,
+}
+
+impl Drop for FolderClaim {
+    fn drop(&mut self) {
+        self.folders.lock().remove(&self.path);
+    }
 }
 
 #[derive(Debug)]
@@ -122,6 +139,22 @@ impl Scheduler {
             options,
             link: Mutex::new(Link::new(Instant::now())),
             changed: Notify::new(),
+            folders: Arc::default(),
+        })
+    }
+
+    /// The right to use a folder, unless somebody has it.
+    pub(crate) fn claim_folder(&self, path: &Path) -> io::Result<FolderClaim> {
+        let path = path.canonicalize()?;
+        if !self.folders.lock().insert(path.clone()) {
+            return Err(io::Error::new(
+                io::ErrorKind::ResourceBusy,
+                "the folder is in use by a cache that is not closed yet",
+            ));
+        }
+        Ok(FolderClaim {
+            folders: Arc::clone(&self.folders),
+            path,
         })
     }
 

@@ -42,12 +42,11 @@ impl Store {
                 // Cannot be set already: the cell is new.
                 let _ = file.set(found);
             }
-            Ok(found) => {
+            Ok(_) => {
                 map.remove()?;
                 bits = Bits::new(bits.len());
-                found.set_len(0)?;
-                found.set_len(len)?;
-                let _ = file.set(found);
+                // A new file, never the old one emptied: it may be the device of something.
+                std::fs::remove_file(&path)?;
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 map.remove()?;

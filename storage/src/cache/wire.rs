@@ -20,11 +20,16 @@ use std::{
 };
 
 use formats::digest::Digest;
-use parking_lot::{Mutex, RwLock};
+use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 use tokio::sync::{Notify, Semaphore, futures::Notified, oneshot};
 
 use self::{claims::DUPLICATE_SHARE, flight::Flight};
-use super::{counters::Counters, mapfile::MapSpec, scheduler::Scheduler, store::Store};
+use super::{
+    counters::Counters,
+    mapfile::MapSpec,
+    scheduler::{FolderClaim, Scheduler},
+    store::Store,
+};
 use crate::{
     ranges::{FetchError, RangeSource},
     source::Cause,
@@ -81,6 +86,9 @@ pub struct Wire {
     /// Nothing more is fetched, written or recorded.
     closed: AtomicBool,
     closing: Notify,
+    folder: Mutex<Option<FolderClaim>>,
+    /// Held (shared) by whoever writes maps and records, so that closing can wait for them.
+    usage: RwLock<()>,
     pub(crate) me: Weak<Self>,
 }
 
@@ -100,13 +108,16 @@ struct Wait {
 }
 
 impl Wire {
-    /// Opens or creates the wire of a blob in `options.dir`. Local file I/O only.
+    /// Opens or creates the wire of a blob in `options.dir`. Local file I/O only. Fails with
+    /// [`io::ErrorKind::ResourceBusy`] while an earlier wire in this folder is neither closed nor
+    /// gone, tasks it began included.
     pub fn open(
         options: WireOptions,
         source: Arc<dyn RangeSource>,
         scheduler: Arc<Scheduler>,
     ) -> io::Result<Arc<Self>> {
         let len = source.len();
+        let folder = scheduler.claim_folder(&options.dir)?;
         let store = Store::open(
             options.dir.join("wire"),
             MapSpec {
@@ -136,6 +147,8 @@ impl Wire {
             moved: Notify::new(),
             closed: AtomicBool::new(false),
             closing: Notify::new(),
+            folder: Mutex::new(Some(folder)),
+            usage: RwLock::default(),
             me: me.clone(),
         }))
     }
@@ -174,6 +187,19 @@ impl Wire {
         self.moved.notify_waiters();
     }
 
+    /// The right to change maps and records in the folder; none after [`Self::shut`].
+    pub(crate) fn usage(&self) -> Option<RwLockReadGuard<'_, ()>> {
+        let guard = self.usage.read();
+        (!self.is_closed()).then_some(guard)
+    }
+
+    /// Leaves the folder to others, after [`Self::shut`]. Waits for those who change something in
+    /// it just now.
+    pub(crate) fn leave_folder(&self) {
+        drop(self.usage.write());
+        drop(self.folder.lock().take());
+    }
+
     pub(crate) fn is_closed(&self) -> bool {
         self.closed.load(Ordering::SeqCst)
     }
@@ -206,10 +232,10 @@ impl Wire {
     }
 
     pub(crate) fn flush(&self, force: bool) -> io::Result<()> {
-        if self.is_closed() {
-            return Ok(());
+        match self.usage() {
+            Some(_guard) => self.store.flush(force),
+            None => Ok(()),
         }
-        self.store.flush(force)
     }
 
     pub(crate) fn allocated(&self) -> u64 {

@@ -108,6 +108,9 @@ fn set_phase(weak: &Weak<LayerBlob>, phase: Phase) -> Option<()> {
 async fn retry_later(weak: &Weak<LayerBlob>, message: String, delay: &mut Duration) -> Option<()> {
     {
         let blob = weak.upgrade()?;
+        if blob.wire.is_closed() {
+            return None;
+        }
         blob.note_error(format!("{}: hydration: {message}", blob.wire.name));
         blob.hydration.update(|progress| {
             progress.phase = Phase::Retrying;
@@ -162,6 +165,9 @@ async fn finish(
     verdict: Verdict,
 ) -> Option<Result<(), String>> {
     let blob = weak.upgrade()?;
+    if blob.wire.is_closed() {
+        return None;
+    }
     let waits = blob.want(0..blob.map.decoded_len(), Cause::Hydration);
     for wait in waits {
         // What cannot be decoded has been reported as an event.
@@ -172,19 +178,25 @@ async fn finish(
     let stored = tokio::task::spawn_blocking({
         let (blob, record) = (Arc::clone(&blob), record.clone());
         move || {
+            // The folder may be somebody else's by now.
+            let Some(_guard) = blob.wire.usage() else {
+                return Ok(false);
+            };
             blob.store.flush(true)?;
             record.store(blob.wire.dir())?;
             if complete {
                 blob.wire.retire()?;
             }
-            io::Result::Ok(())
+            io::Result::Ok(true)
         }
     });
     let stored = stored
         .await
         .unwrap_or_else(|join| Err(io::Error::other(join)));
-    if let Err(error) = stored {
-        return Some(Err(format!("cannot record the outcome: {error}")));
+    match stored {
+        Ok(true) => {}
+        Ok(false) => return None,
+        Err(error) => return Some(Err(format!("cannot record the outcome: {error}"))),
     }
     match &record.verdict {
         Verdict::Proven => tracing::info!(layer = blob.wire.name, complete, "layer proven"),
@@ -233,6 +245,9 @@ impl<'a> WireReader<'a> {
 impl io::Read for WireReader<'_> {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
         if self.used == self.buf.len() {
+            if self.blob.wire.is_closed() {
+                return Err(io::Error::other("the cache was closed"));
+            }
             let left = self.blob.wire.blob_len() - self.next;
             let step = STEP.min(to_index(left));
             self.buf.resize(step, 0);

@@ -169,16 +169,25 @@ pub(crate) fn open_with(
     scheduler: &Arc<Scheduler>,
     options: CacheOptions,
 ) -> Arc<LayerBlob> {
-    let wire = Wire::open(
-        WireOptions {
-            dir: dir.to_owned(),
-            identity: layer.digest(),
-            name: "test/image layer 1".to_owned(),
-        },
-        Arc::new(Handle(Arc::clone(source))),
-        Arc::clone(scheduler),
-    )
-    .unwrap();
+    let wire = loop {
+        let wire = Wire::open(
+            WireOptions {
+                dir: dir.to_owned(),
+                identity: layer.digest(),
+                name: "test/image layer 1".to_owned(),
+            },
+            Arc::new(Handle(Arc::clone(source))),
+            Arc::clone(scheduler),
+        );
+        match wire {
+            Ok(wire) => break wire,
+            // An earlier one is just going.
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            Err(error) => panic!("{error}"),
+        }
+    };
     LayerBlob::open(wire, Arc::clone(&layer.map), options).unwrap()
 }
 

@@ -1,12 +1,12 @@
 //! Any sequence of operations, under any faults, shows only right bytes.
 
-use std::{path::Path, sync::Arc};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use proptest::prelude::*;
 use storage::{cache::LayerBlob, hydrate::Mode, source::BlobSource as _};
 
 use crate::{
-    fixture::{Layer, open, read},
+    fixture::{Layer, open_with, options, read, scheduler},
     source::{Act, Scripted},
 };
 
@@ -53,7 +53,16 @@ async fn check(blob: &Arc<LayerBlob>, layer: &Layer, at: u32, len: u32) -> Resul
     let total = layer.decoded.len() as u64;
     let at = u64::from(at) % (total + 1);
     let end = total.min(at + u64::from(len));
-    match read(blob, at, len as usize).await {
+    let read = read(blob, at, len as usize);
+    // Only to say more than a test runner does when it gives up.
+    let Ok(outcome) = tokio::time::timeout(Duration::from_secs(15), read).await else {
+        return Err(format!(
+            "a reader is stuck: {:?} {:?}",
+            blob.status(),
+            blob.wire()
+        ));
+    };
+    match outcome {
         Ok(bytes) if bytes == layer.expected(at..end) => Ok(true),
         Ok(_) => Err(format!("wrong bytes at {at}+{len}")),
         Err(_) => Ok(false),
@@ -67,7 +76,9 @@ async fn run(
     ops: Vec<Op>,
 ) -> Result<(), String> {
     let size = u32::try_from(layer.blob.len()).unwrap();
-    let mut blob = open(dir, layer, source);
+    let scheduler = scheduler();
+    let open = || open_with(dir, layer, source, &scheduler, options());
+    let mut blob = open();
     for op in ops {
         match op {
             Op::Read(at, len) => {
@@ -92,7 +103,7 @@ async fn run(
                     blob.close().await.map_err(|e| e.to_string())?;
                 }
                 drop(blob);
-                blob = open(dir, layer, source);
+                blob = open();
             }
             Op::Fault(fault) => source.script([match fault {
                 Fault::Truncate(n) => Act::Truncate(u64::from(n)),
