@@ -9,6 +9,7 @@ use std::{
     collections::HashMap,
     fs::File,
     io,
+    num::NonZeroU64,
     os::unix::fs::FileExt as _,
     path::PathBuf,
     sync::{
@@ -22,6 +23,7 @@ use arc_swap::ArcSwapOption;
 use formats::{digest::Digest, limits::Limits, stargz::StargzLayer};
 use fuse::Nodes;
 use parking_lot::Mutex;
+use rustix::fs::{Advice, fadvise};
 use storage::{
     cache::{CacheOptions, LayerBlob, Scheduler, TrafficByCause, Wire, WireOptions},
     hydrate::Phase,
@@ -435,6 +437,20 @@ impl Device {
     }
 }
 
+/// What a reader was given is in the page cache of its EROFS from then on: the data file's own
+/// pages would hold it a second time. Only while a layer is incomplete they stay, because decoding
+/// needs them and they may be dirty.
+fn drop_behind(file: &File, offset: u64, len: usize) {
+    // A large folio is dropped only as a whole, by the read that passes its end.
+    const LARGEST_FOLIO: u64 = 2 << 20;
+    let start = offset - offset % LARGEST_FOLIO;
+    let end = offset.saturating_add(len as u64);
+    if let Some(range) = NonZeroU64::new(end - start) {
+        // Memory would be wasted, nothing else.
+        let _ = fadvise(file, start, Some(range), Advice::DontNeed);
+    }
+}
+
 impl BlobSource for Device {
     fn len(&self) -> u64 {
         self.len
@@ -443,12 +459,17 @@ impl BlobSource for Device {
     fn try_read(&self, offset: u64, buf: &mut [u8]) -> io::Result<ReadNow> {
         if let Some(blob) = &*self.slot.blob.load() {
             self.slot.touch();
-            return blob.try_read(offset, buf);
+            let answer = blob.try_read(offset, buf)?;
+            if let (ReadNow::Ready(len), Some(file)) = (answer, self.complete()) {
+                drop_behind(file, offset, len);
+            }
+            return Ok(answer);
         }
         if let Some(file) = self.complete() {
             let rest = self.len.saturating_sub(offset);
             let len = usize::try_from(rest).map_or(buf.len(), |rest| rest.min(buf.len()));
             file.read_exact_at(&mut buf[..len], offset)?;
+            drop_behind(file, offset, len);
             return Ok(ReadNow::Ready(len));
         }
         Ok(ReadNow::Pending)
