@@ -99,6 +99,8 @@ pub(crate) type Landing = oneshot::Receiver<Result<(), FetchError>>;
 struct Flights {
     next_id: u64,
     active: Vec<Flight>,
+    /// The fetch that is answered with the whole blob and read to its end.
+    whole: Option<u64>,
     waits: Vec<Wait>,
 }
 

@@ -10,3 +10,4 @@ mod model;
 mod reading;
 mod restart;
 mod source;
+mod whole;

@@ -128,7 +128,7 @@ impl Wire {
         }
     }
 
-    fn nothing_under_way(&self, range: Range<u64>) -> FetchError {
+    pub(super) fn nothing_under_way(&self, range: Range<u64>) -> FetchError {
         FetchError::Source {
             origin: self.origin(),
             range,

@@ -3,16 +3,13 @@
 use std::{
     io,
     ops::Range,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
     time::Instant,
 };
 
 use bytes::Bytes;
 use futures_util::FutureExt as _;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 use super::{BLOCK, Ended, Flights, Landing, Wait, Wire, align_down};
 use crate::{
@@ -36,8 +33,8 @@ pub(super) struct Flight {
     end: u64,
     /// First byte that has not arrived.
     at: u64,
-    /// Another fetch brings all of it.
-    superseded: Arc<AtomicBool>,
+    /// Another fetch brings all of it, so this one ends early.
+    superseded: watch::Sender<bool>,
 }
 
 impl Flight {
@@ -46,9 +43,22 @@ impl Flight {
     }
 
     /// What will become present. The block that the next byte falls into has arrived in part, and
-    /// becomes present as a whole.
+    /// becomes present as a whole. Nothing of a fetch that ends early can be relied on.
     pub(super) fn coming(&self) -> Range<u64> {
+        if self.is_superseded() {
+            return self.end..self.end;
+        }
         align_down(self.at, BLOCK)..self.end
+    }
+
+    fn is_superseded(&self) -> bool {
+        *self.superseded.borrow()
+    }
+
+    /// Completes when another fetch brings all of it.
+    async fn superseded(&self) {
+        // The sender is in `self`.
+        let _ = self.superseded.subscribe().wait_for(|ends| *ends).await;
     }
 
     pub(super) fn cause(&self) -> Cause {
@@ -70,7 +80,7 @@ impl Flights {
             start: range.start,
             end: range.end,
             at: range.start,
-            superseded: Arc::default(),
+            superseded: watch::Sender::new(false),
         };
         self.active.push(flight.clone());
         flight
@@ -138,9 +148,13 @@ impl Wire {
             counted: (0, 0),
         };
         let mut fruitless = 0;
-        while progress.at < progress.end && !flight.superseded.load(Ordering::Acquire) {
+        while progress.at < progress.end && !flight.is_superseded() {
             let source = Arc::clone(&self.source.read());
-            let mut body = match source.fetch(progress.at..progress.end, flight.cause).await {
+            let answer = tokio::select! {
+                answer = source.fetch(progress.at..progress.end, flight.cause) => answer,
+                () = flight.superseded() => break,
+            };
+            let mut body = match answer {
                 Ok(body) => body,
                 Err(error) => {
                     self.counters.add_traffic(flight.cause, 0, 1);
@@ -151,6 +165,9 @@ impl Wire {
             progress.counted = (0, 0);
             self.count(flight, &body, &mut progress);
             self.extend(flight, &body, &mut progress)?;
+            if flight.is_superseded() {
+                break;
+            }
             let result = self.drain(flight, &mut body, &mut progress, &ticket).await;
             self.count(flight, &body, &mut progress);
             match result {
@@ -181,7 +198,9 @@ impl Wire {
         progress.counted = now;
     }
 
-    /// A source may deliver more than was asked for, the whole blob even: all of it is kept.
+    /// A source may deliver more than was asked for, the whole blob even: all of it is kept. Of
+    /// several whole blobs under way only the first is read to its end: fetches that began before
+    /// it are given up, later ones (for blocks that it has passed) end where they were to end.
     fn extend(
         &self,
         flight: &Flight,
@@ -199,21 +218,32 @@ impl Wire {
         if range.start == progress.at && range.end == progress.end {
             return Ok(());
         }
-        let whole = range == (0..self.len);
         let mut flights = self.flights.lock();
-        if whole {
+        if flight.is_superseded() {
+            // Another one's whole blob: this one's is not read, and keeps its place until it lands.
+            return Ok(());
+        }
+        let mut end = range.end;
+        if range == (0..self.len) {
             self.ignores_ranges.store(true, Ordering::Release);
-            for other in flights.active.iter().filter(|f| f.id != flight.id) {
-                other.superseded.store(true, Ordering::Release);
+            if flights.whole.is_some_and(|id| id != flight.id) {
+                end = progress.end;
+            } else {
+                flights.whole = Some(flight.id);
+                for other in flights.active.iter().filter(|f| f.id != flight.id) {
+                    other.superseded.send_replace(true);
+                }
             }
         }
         if let Some(entry) = flights.entry(flight.id) {
+            entry.start = entry.start.min(range.start);
             entry.at = range.start;
-            entry.end = range.end;
+            entry.end = end;
         }
+        drop(flights);
         progress.whole_from = progress.whole_from.min(range.start);
         progress.at = range.start;
-        progress.end = range.end;
+        progress.end = end;
         Ok(())
     }
 
@@ -224,7 +254,14 @@ impl Wire {
         progress: &mut Progress,
         ticket: &Ticket,
     ) -> Result<(), FetchError> {
-        while let Some(first) = body.next_chunk().await? {
+        while progress.at < progress.end {
+            let first = tokio::select! {
+                first = body.next_chunk() => first?,
+                () = flight.superseded() => return Ok(()),
+            };
+            let Some(first) = first else {
+                return Ok(());
+            };
             let mut size = first.len();
             let mut parts = vec![first];
             let mut failed = None;
@@ -248,9 +285,6 @@ impl Wire {
                 .await?;
             if let Some(error) = failed {
                 return Err(error);
-            }
-            if flight.superseded.load(Ordering::Acquire) {
-                return Ok(());
             }
         }
         Ok(())
@@ -310,19 +344,24 @@ impl Wire {
             .entry(flight.id)
             .map_or_else(|| flight.range(), |entry| entry.range());
         flights.active.retain(|other| other.id != flight.id);
+        flights.whole.take_if(|id| *id == flight.id);
         let mut waits = std::mem::take(&mut flights.waits);
         for wait in waits.extract_if(.., |wait| self.has(wait.range.clone())) {
             let _ = wait.done.send(Ok(()));
         }
-        if let Err(error) = result {
-            let hopeless = |wait: &mut Wait| {
-                wait.range.start < range.end
-                    && range.start < wait.range.end
-                    && !self.unclaimed(&flights, &wait.range, None).is_empty()
+        // Nobody waits for what nothing brings: neither after a failure nor where a fetch ended
+        // early, or brought bytes that were forgotten since.
+        let hopeless = |wait: &mut Wait| {
+            wait.range.start < range.end
+                && range.start < wait.range.end
+                && !self.unclaimed(&flights, &wait.range, None).is_empty()
+        };
+        for wait in waits.extract_if(.., hopeless) {
+            let error = match result {
+                Ok(()) => self.nothing_under_way(wait.range),
+                Err(error) => error.clone(),
             };
-            for wait in waits.extract_if(.., hopeless) {
-                let _ = wait.done.send(Err(error.clone()));
-            }
+            let _ = wait.done.send(Err(error));
         }
         flights.waits = waits;
         drop(flights);
