@@ -22,6 +22,7 @@ use crate::{
     CommandLine,
     holder::{Client, HolderError},
     mounts::{Helper, HelperError},
+    process,
     table::TableError,
     transport::Readers,
 };
@@ -234,7 +235,17 @@ impl BlobFs {
     pub fn abandon(&self, node: u64) -> usize {
         self.sessions
             .iter()
-            .map(|server| server.abandon(node))
+            .map(|server| server.abandon(node, |_| true))
+            .sum()
+    }
+
+    /// As [`Self::abandon`], but only what was asked for by threads that have ended or are being
+    /// killed: harmless to whoever reads the node through another mount, since a reader that
+    /// waits for the same page then asks for it itself.
+    pub fn abandon_ended(&self, node: u64) -> usize {
+        self.sessions
+            .iter()
+            .map(|server| server.abandon(node, process::kill_is_pending))
             .sum()
     }
 

@@ -34,7 +34,7 @@ impl ThreadId {
     }
 }
 
-/// Whether SIGKILL is pending for that thread (false when it cannot be told).
+/// Whether that thread has ended, or SIGKILL is pending for it (false when it cannot be told).
 pub(crate) fn kill_is_pending(tid: u32) -> bool {
     const SIGKILL_BIT: u64 = 1 << 8;
     if tid == 0 {
@@ -44,6 +44,14 @@ pub(crate) fn kill_is_pending(tid: u32) -> bool {
         // No such thread: it died, so nobody waits for an answer.
         return true;
     };
+    let ended = |state: &str| state.trim_start().starts_with(['Z', 'X']);
+    if status
+        .lines()
+        .find_map(|line| line.strip_prefix("State:"))
+        .is_some_and(ended)
+    {
+        return true;
+    }
     status
         .lines()
         .filter_map(|line| {

@@ -11,9 +11,9 @@ use formats::limits::Limits;
 use hyper_util::rt::TokioIo;
 use snapshotterd::api::{
     snapshots::{
-        CommitSnapshotRequest, Info, ListSnapshotsRequest, MountsRequest, PrepareSnapshotRequest,
-        RemoveSnapshotRequest, StatSnapshotRequest, UsageRequest, ViewSnapshotRequest,
-        snapshots_client::SnapshotsClient,
+        CleanupRequest, CommitSnapshotRequest, Info, ListSnapshotsRequest, MountsRequest,
+        PrepareSnapshotRequest, RemoveSnapshotRequest, StatSnapshotRequest, UsageRequest,
+        ViewSnapshotRequest, snapshots_client::SnapshotsClient,
     },
     types::Mount,
 };
@@ -163,6 +163,14 @@ impl Host {
             key: key.into(),
         });
         self.client.clone().remove(request).await.map(drop)
+    }
+
+    /// Cleanup.
+    pub async fn cleanup(&self) -> Result<(), Status> {
+        let request = self.request(CleanupRequest {
+            snapshotter: PLUGIN.into(),
+        });
+        self.client.clone().cleanup(request).await.map(drop)
     }
 
     /// Bytes used.

@@ -84,7 +84,7 @@ impl Local {
 
     /// Fails what waits for a node.
     pub(crate) fn abandon(&self, node: u64) {
-        self.server.abandon(node);
+        self.server.abandon(node, |_| true);
     }
 
     /// Ends the session; what still uses it gets errors.

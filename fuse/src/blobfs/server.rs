@@ -109,16 +109,19 @@ impl Server {
         self.waiting.lock().len()
     }
 
-    /// Fails what waits for a node.
-    pub(super) fn abandon(&self, node: u64) -> usize {
-        let uniques: Vec<u64> = self
+    /// Fails what waits for a node, if `which` says so of the requesting thread.
+    pub(super) fn abandon(&self, node: u64, which: impl Fn(u32) -> bool) -> usize {
+        let requests: Vec<(u64, u32)> = self
             .waiting
             .lock()
             .iter()
             .filter(|(_, ticket)| number(ticket.request().node) == Some(node))
-            .map(|(unique, _)| *unique)
+            .map(|(unique, ticket)| (*unique, ticket.request().pid))
             .collect();
-        let tickets = uniques.into_iter().filter_map(|unique| self.take(unique));
+        let tickets = requests
+            .into_iter()
+            .filter(|(_, pid)| which(*pid))
+            .filter_map(|(unique, _)| self.take(unique));
         tickets
             .map(|ticket| self.fail(ticket, Errno::IO.raw_os_error()))
             .count()

@@ -41,6 +41,8 @@ use super::{
 };
 use crate::resolve::remote::Remote;
 
+/// How long an opener waits for a cache that used the folder before.
+const FOLDER_PATIENCE: Duration = Duration::from_secs(5);
 const EIO: i32 = rustix::io::Errno::IO.raw_os_error();
 
 /// What opening a layer's cache needs.
@@ -72,8 +74,38 @@ impl Opener {
         index::load(&self.dir(record.number), record, &self.limits)
     }
 
-    /// Opens the compressed side. Blocks shortly.
-    pub fn wire(&self, record: &LayerRecord) -> io::Result<Arc<Wire>> {
+    /// Opens the compressed side. A cache that used the folder before may still be ending: that is
+    /// waited for, but not for ever.
+    pub async fn wire(&self, record: &Arc<LayerRecord>) -> io::Result<Arc<Wire>> {
+        self.wire_within(record, FOLDER_PATIENCE).await
+    }
+
+    async fn wire_within(
+        &self,
+        record: &Arc<LayerRecord>,
+        patience: Duration,
+    ) -> io::Result<Arc<Wire>> {
+        let begun = Instant::now();
+        let mut pause = Duration::from_millis(2);
+        loop {
+            let (opener, record) = (self.clone(), Arc::clone(record));
+            let opened = tokio::task::spawn_blocking(move || opener.open_wire(&record))
+                .await
+                .unwrap_or_else(|error| Err(io::Error::other(error)));
+            match opened {
+                Err(error)
+                    if error.kind() == io::ErrorKind::ResourceBusy
+                        && begun.elapsed() < patience =>
+                {
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(Duration::from_millis(100));
+                }
+                other => return other,
+            }
+        }
+    }
+
+    fn open_wire(&self, record: &LayerRecord) -> io::Result<Arc<Wire>> {
         let name = describe(record);
         let source = OriginSource::new(
             record.number,
@@ -90,16 +122,20 @@ impl Opener {
         Wire::open(options, Arc::new(source), Arc::clone(&self.scheduler))
     }
 
-    /// Opens the cache of a layer whose index is here. Blocks.
-    fn open(&self, number: LayerNumber) -> Result<Arc<LayerBlob>, String> {
+    /// Opens the cache of a layer whose index is here.
+    async fn open(&self, number: LayerNumber) -> Result<Arc<LayerBlob>, String> {
         let record = self
             .table
             .layer(number)
             .ok_or_else(|| format!("layer {number} is not known"))?;
-        let layer = self.load(&record).map_err(|error| report(&error))?;
-        let wire = self.wire(&record).map_err(|error| report(&error))?;
-        LayerBlob::open(wire, Arc::new(layer.map), CacheOptions::default())
-            .map_err(|error| report(&error))
+        let wire = self.wire(&record).await.map_err(|error| report(&error))?;
+        let opener = self.clone();
+        let opened = tokio::task::spawn_blocking(move || {
+            let layer = opener.load(&record).map_err(|error| report(&error))?;
+            LayerBlob::open(wire, Arc::new(layer.map), CacheOptions::default())
+                .map_err(|error| report(&error))
+        });
+        opened.await.unwrap_or_else(|error| Err(error.to_string()))
     }
 }
 
@@ -219,14 +255,11 @@ impl Blobs {
         if let Some(blob) = slot.blob.load_full() {
             return Ok(blob);
         }
-        let opener = self.opener.clone();
-        let blob = tokio::task::spawn_blocking(move || opener.open(number))
-            .await
-            .unwrap_or_else(|error| Err(error.to_string()))
-            .map_err(|message| SourceError {
-                errno: EIO,
-                message,
-            })?;
+        let opened = self.opener.open(number).await;
+        let blob = opened.map_err(|message| SourceError {
+            errno: EIO,
+            message,
+        })?;
         slot.blob.store(Some(Arc::clone(&blob)));
         Ok(blob)
     }
@@ -322,15 +355,6 @@ impl Blobs {
             warn!(layer = %slot.number, %error, "cannot close a layer's cache");
         }
         self.closed.lock().add(&blob.status().traffic);
-        let wire = Arc::clone(blob.wire());
-        drop(blob);
-        // A flush under way holds it for a moment longer.
-        for _ in 0..200 {
-            if Arc::strong_count(&wire) == 1 {
-                break;
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
         debug!(layer = %slot.number, "cache closed");
     }
 
@@ -496,3 +520,6 @@ impl Drop for Device {
         self.slot.handles.fetch_sub(1, Ordering::AcqRel);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -33,6 +33,8 @@ const STEP_LIMIT: Duration = Duration::from_secs(8);
 const PARALLEL: usize = 4;
 /// A helper of a former daemon may take this long before it is killed.
 const SETTLE_LIMIT: Duration = Duration::from_secs(3);
+/// An unmount that takes longer is looked after.
+const TEARDOWN_PATIENCE: Duration = Duration::from_millis(300);
 const EROFS: &str = "erofs";
 
 /// Why a layer is not mounted.
@@ -91,8 +93,20 @@ pub trait Provider: Send + Sync + 'static {
     /// Where the metadata image of `key` is, for telling our mounts from others.
     fn metadata(&self, key: &MountKey) -> PathBuf;
 
+    /// Fails reads of the layer that wait for its source, and says how many there were.
+    fn give_up(&self, key: &MountKey, which: GiveUp) -> usize;
+
     /// Names the layer in errors.
     fn describe(&self, key: &MountKey) -> String;
+}
+
+/// Whose reads are given up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GiveUp {
+    /// Those of threads that have ended: nobody waits for the answer.
+    Ended,
+    /// Everybody's.
+    All,
 }
 
 type Outcome = Shared<BoxFuture<'static, Result<(), MountError>>>;
@@ -141,6 +155,11 @@ impl Mounts {
         self.lowers.join(number.to_string())
     }
 
+    fn number_of(&self, target: &Path) -> Option<MountNumber> {
+        let name = target.strip_prefix(&self.lowers).ok()?;
+        name.to_str()?.parse().ok().map(MountNumber)
+    }
+
     /// Where it is noted that a mount's device is a plain file.
     fn marker(&self, number: MountNumber) -> PathBuf {
         self.lowers.join(format!("{number}.plain"))
@@ -164,13 +183,10 @@ impl Mounts {
         }
         let mut taken_over = 0_usize;
         for mount in mountinfo()? {
-            let Ok(name) = mount.target.strip_prefix(&self.lowers) else {
+            if !mount.target.starts_with(&self.lowers) {
                 continue;
-            };
-            let number = name
-                .to_str()
-                .and_then(|name| name.parse().ok())
-                .map(MountNumber);
+            }
+            let number = self.number_of(&mount.target);
             let fits = number
                 .and_then(|number| self.table.mount(number))
                 .is_some_and(|key| {
@@ -185,7 +201,8 @@ impl Mounts {
                 }
                 _ => {
                     warn!(target = %mount.target.display(), "detaching a mount that is dead or not ours");
-                    if let Err(error) = self.helper.umount(&mount.target, true, STEP_LIMIT).await {
+                    let key = number.and_then(|number| self.table.mount(number));
+                    if let Err(error) = self.take_down(&mount.target, key.as_ref(), true).await {
                         warn!(error = &error as &dyn std::error::Error, "cannot detach it");
                     }
                 }
@@ -354,7 +371,8 @@ impl Mounts {
             states.insert(number, State::Working(outcome.boxed().shared()));
         }
         let target = self.target(number);
-        let result = self.helper.umount(&target, false, STEP_LIMIT).await;
+        let key = self.table.mount(number);
+        let result = self.take_down(&target, key.as_ref(), false).await;
         let mut states = self.states.lock();
         match &result {
             Ok(()) => {
@@ -374,14 +392,70 @@ impl Mounts {
         result
     }
 
-    /// Detaches everything below the lowers directory, for `--unmount`.
+    /// Unmounts, or detaches with `lazy`.
+    ///
+    /// The unmount that ends a superblock waits, and no signal ends that, until BlobFs has answered
+    /// everything that was asked for through it; a killed reader leaves such a request behind. So
+    /// when a mount is gone but its unmount goes on, these requests are given up. A superblock that
+    /// lives on (a container's overlay, a copy in another mount namespace) lets the unmount
+    /// return at once: whoever reads through it goes on waiting for its bytes.
+    async fn take_down(
+        &self,
+        target: &Path,
+        key: Option<&MountKey>,
+        lazy: bool,
+    ) -> Result<(), HelperError> {
+        let umount = self.helper.umount(target, lazy, STEP_LIMIT);
+        tokio::pin!(umount);
+        let begun = Instant::now();
+        let mut seen_gone = false;
+        loop {
+            if let Ok(result) = tokio::time::timeout(TEARDOWN_PATIENCE, &mut umount).await {
+                return result;
+            }
+            let Some(key) = key else { continue };
+            let gone = mountinfo().is_ok_and(|mounts| mounts.iter().all(|m| m.target != target));
+            // A helper that was only about to say that it is done has said so by the second look.
+            if gone && std::mem::replace(&mut seen_gone, true) {
+                // The same layer may have readers through another mount of it: they come last.
+                let which = if self.has_other_mount(key) && begun.elapsed() < STEP_LIMIT / 2 {
+                    GiveUp::Ended
+                } else {
+                    GiveUp::All
+                };
+                let count = self.provider.give_up(key, which);
+                if count > 0 {
+                    info!(
+                        layer = self.provider.describe(key),
+                        count, "gave up reads that nobody waits for: the layer is being unmounted"
+                    );
+                }
+            }
+        }
+    }
+
+    /// Whether the layer has another superblock that is mounted.
+    fn has_other_mount(&self, key: &MountKey) -> bool {
+        let states = self.states.lock();
+        self.table.mounts().into_iter().any(|(number, other)| {
+            other.layer == key.layer && other != *key && states.contains_key(&number)
+        })
+    }
+
+    /// Detaches everything below the lowers directory, for `--unmount`. Who still reads gets an
+    /// error.
     pub async fn detach_all(&self) -> io::Result<()> {
         let mounts = mountinfo()?;
         for mount in mounts.iter().rev() {
             if !mount.target.starts_with(&self.lowers) {
                 continue;
             }
-            if let Err(error) = self.helper.umount(&mount.target, true, STEP_LIMIT).await {
+            let key = self.number_of(&mount.target);
+            let key = key.and_then(|number| self.table.mount(number));
+            if let Some(key) = &key {
+                self.provider.give_up(key, GiveUp::All);
+            }
+            if let Err(error) = self.take_down(&mount.target, key.as_ref(), true).await {
                 warn!(
                     target = %mount.target.display(),
                     error = &error as &dyn std::error::Error,

@@ -144,22 +144,22 @@ impl Layers {
         let begun = std::time::Instant::now();
         let opener = self.opener().clone();
         let dir = opener.dir(record.number);
-        let wire = {
-            let (dir, record) = (dir.clone(), Arc::clone(record));
-            blocking(move || {
-                dir.create(&record.identity)
-                    .map_err(|error| NotLazy::local(&error))?;
-                opener.wire(&record).map_err(|error| NotLazy::local(&error))
-            })
-            .await?
-        };
+        let (making, identity) = (dir.clone(), record.identity);
+        blocking(move || {
+            let made = making.create(&identity);
+            made.map_err(|error| NotLazy::local(&error))
+        })
+        .await?;
+        let wire = opener
+            .wire(record)
+            .await
+            .map_err(|error| NotLazy::local(&error))?;
         let toc = wire
             .fetch_index(&self.opener().limits)
             .await
             .map_err(|error| from_index(record.identity.layer, &error))?;
         let limits = self.opener().limits;
         self.parsed.store(true, Ordering::Relaxed);
-        let (identity, dir) = (record.identity, dir);
         let made = blocking(move || make(&dir, identity, &toc, wire, &limits)).await?;
         let number = record.number;
         self.blobs.adopt(number, Arc::clone(&made.blob));

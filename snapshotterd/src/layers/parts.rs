@@ -8,7 +8,7 @@ use tokio::sync::watch;
 
 use super::{
     blobs::{Opener, describe},
-    mounts::{Parts, Provider},
+    mounts::{GiveUp, Parts, Provider},
     record::MountKey,
     variants,
 };
@@ -85,6 +85,19 @@ impl Provider for LayerParts {
 
     fn metadata(&self, key: &MountKey) -> PathBuf {
         self.opener.dir(key.layer).metadata(&key.variant)
+    }
+
+    fn give_up(&self, key: &MountKey, which: GiveUp) -> usize {
+        let Some(record) = self.opener.table.layer(key.layer) else {
+            return 0;
+        };
+        match &*self.blobfs.borrow() {
+            Some(Ok(blobfs)) => match which {
+                GiveUp::Ended => blobfs.abandon_ended(record.node),
+                GiveUp::All => blobfs.abandon(record.node),
+            },
+            _ => 0,
+        }
     }
 
     fn describe(&self, key: &MountKey) -> String {

@@ -166,12 +166,18 @@ impl Layers {
     /// Stops serving. With `keep_mounts` readers wait for the next daemon; without, everything is
     /// unmounted, also what a daemon that is gone has left.
     pub async fn stop(&self, keep_mounts: bool) {
-        if !keep_mounts && let Err(error) = self.mounts.detach_all().await {
-            warn!(%error, "cannot read what is mounted");
+        if !keep_mounts {
+            let unserved = self.serving.borrow().is_none();
+            // Served while layers are unmounted: that may wait for answers.
+            if unserved && let Some(blobfs) = self.take_over().await {
+                self.serving.send_replace(Some(Ok(blobfs)));
+            }
+            if let Err(error) = self.mounts.detach_all().await {
+                warn!(%error, "cannot read what is mounted");
+            }
         }
         let stopping = Some(Err("the daemon is stopping".to_owned()));
         let serving = match self.serving.send_replace(stopping) {
-            None if !keep_mounts => self.take_over().await,
             Some(Ok(blobfs)) => Some(blobfs),
             _ => None,
         };

@@ -8,5 +8,6 @@ mod fixture;
 mod kills;
 mod offline;
 mod stalls;
+mod teardown;
 mod worker;
 mod world;
