@@ -11,6 +11,7 @@ use core_runtime::{
     process::Process,
     runner::{Container, Engine, Mount, Reexec, exit_code, start},
 };
+use skip::skip;
 
 fn copy_program(root: &Path, program: &str) {
     let ldd = Command::new("ldd").arg(program).output().unwrap();
@@ -29,7 +30,7 @@ fn copy_program(root: &Path, program: &str) {
 
 fn run(engine: Engine, args: &[&str], leading_out: bool) -> Option<(u8, String)> {
     if !rustix::process::geteuid().is_root() {
-        eprintln!("SKIP: starting containers needs root");
+        skip("starting containers needs root");
         return None;
     }
     let work = tempfile::tempdir().unwrap();
@@ -135,7 +136,7 @@ fn installed_oci_runtime_runs_the_program() {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let engine = match (Engine::detect(&path), cached) {
         (Engine::Oci(program), _) | (Engine::Embedded, Some(program)) => Engine::Oci(program),
-        (Engine::Embedded, None) => return eprintln!("SKIP: no runc, crun or youki here"),
+        (Engine::Embedded, None) => return skip("no runc, crun or youki here"),
     };
     let script = "echo $GREETING $$; cat /bound/file; exit 7";
     let Some((code, output)) = run(engine, &["sh", "-c", script], false) else {

@@ -1,166 +1,6 @@
-//! Test images: the tree with every oddity that a lazily served image must show right.
+//! Contents of test images: the tree with every oddity that a lazily served image must show right.
 
-use std::io::{Cursor, Write as _};
-
-use flate2::write::GzEncoder;
-use formats::{
-    digest::Digest,
-    limits::Limits,
-    oci::{Compression, Descriptor, ImageConfig, Manifest, media_type},
-    stargz::{self, WriterOptions},
-};
-use harness::tarball::Tarball;
-use lab::Lab;
-
-/// One layer of a test image.
-#[derive(Clone, Debug)]
-pub struct TestLayer {
-    /// Its uncompressed tar.
-    pub tar: Vec<u8>,
-    /// How it is packed.
-    pub packing: Packing,
-}
-
-/// How a test layer is packed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Packing {
-    /// As an ordinary layer.
-    Plain(Compression),
-    /// As eStargz with chunks of this many bytes.
-    Estargz(u32),
-}
-
-impl TestLayer {
-    /// An eStargz layer with the usual chunk size.
-    pub fn lazy(tar: Vec<u8>) -> Self {
-        Self {
-            tar,
-            packing: Packing::Estargz(4 << 20),
-        }
-    }
-
-    /// An ordinary gzip layer.
-    pub fn plain(tar: Vec<u8>) -> Self {
-        Self {
-            tar,
-            packing: Packing::Plain(Compression::Gzip),
-        }
-    }
-}
-
-/// A pushed test image.
-#[derive(Clone, Debug)]
-pub struct Pushed {
-    /// `HOST/REPOSITORY:TAG`.
-    pub reference: String,
-    /// Digest of the manifest.
-    pub digest: Digest,
-    /// The manifest.
-    pub manifest: Manifest,
-    /// The config.
-    pub config: ImageConfig,
-}
-
-impl Pushed {
-    /// Compressed bytes of all layers.
-    pub fn layer_bytes(&self) -> u64 {
-        self.manifest.layers.iter().map(|layer| layer.size).sum()
-    }
-}
-
-/// Packs the layers and puts the image into the registry's store. `command` is what a container
-/// starts.
-///
-/// # Panics
-/// When a layer cannot be packed or the store refuses it.
-pub fn push(
-    lab: &Lab,
-    repository: &str,
-    tag: &str,
-    layers: &[TestLayer],
-    command: &[&str],
-) -> Pushed {
-    let mut descriptors = Vec::new();
-    let mut config = ImageConfig {
-        architecture: if cfg!(target_arch = "aarch64") {
-            "arm64"
-        } else {
-            "amd64"
-        }
-        .into(),
-        os: "linux".into(),
-        ..ImageConfig::default()
-    };
-    config.config.entrypoint = Some(command.iter().map(|&word| word.to_owned()).collect());
-    config.config.env = vec!["PATH=/usr/sbin:/usr/bin:/sbin:/bin".into()];
-    for layer in layers {
-        let (bytes, diff_id, descriptor) = pack(layer);
-        lab.push_blob(repository, &bytes)
-            .expect("the registry takes the layer");
-        config.rootfs.diff_ids.push(diff_id);
-        descriptors.push(descriptor);
-    }
-    let json = config.to_json();
-    lab.push_blob(repository, &json)
-        .expect("the registry takes the config");
-    let manifest = Manifest::new(Descriptor::of(media_type::OCI_CONFIG, &json), descriptors);
-    let digest = push_manifest(lab, repository, tag, &manifest);
-    Pushed {
-        reference: format!("{}/{repository}:{tag}", lab.host()),
-        digest,
-        manifest,
-        config,
-    }
-}
-
-/// Puts a manifest under a tag.
-///
-/// # Panics
-/// When the store refuses it.
-pub fn push_manifest(lab: &Lab, repository: &str, tag: &str, manifest: &Manifest) -> Digest {
-    let json = manifest.to_json();
-    lab.push_manifest(repository, tag, media_type::OCI_MANIFEST, &json)
-        .expect("the registry takes the manifest")
-}
-
-/// A layer's blob, DiffID and descriptor.
-///
-/// # Panics
-/// When it cannot be packed.
-pub fn pack(layer: &TestLayer) -> (Vec<u8>, Digest, Descriptor) {
-    match layer.packing {
-        Packing::Plain(Compression::Gzip) => {
-            let mut encoder = GzEncoder::new(Vec::new(), flate2::Compression::new(6));
-            encoder.write_all(&layer.tar).expect("memory takes bytes");
-            let bytes = encoder.finish().expect("memory takes bytes");
-            let descriptor = Descriptor::of(media_type::OCI_LAYER_GZIP, &bytes);
-            (bytes, Digest::of(&layer.tar), descriptor)
-        }
-        Packing::Plain(Compression::None) => {
-            let descriptor = Descriptor::of(media_type::OCI_LAYER, &layer.tar);
-            (layer.tar.clone(), Digest::of(&layer.tar), descriptor)
-        }
-        Packing::Plain(Compression::Zstd) => panic!("zstd layers are not made here"),
-        Packing::Estargz(chunk_size) => {
-            let mut bytes = Vec::new();
-            let options = WriterOptions {
-                chunk_size,
-                level: 6,
-                ..WriterOptions::default()
-            };
-            let built = stargz::build(
-                Cursor::new(&layer.tar),
-                &mut bytes,
-                &options,
-                &Limits::default(),
-            )
-            .expect("the tar is a valid layer");
-            let mut descriptor = Descriptor::of(media_type::OCI_LAYER_GZIP, &bytes);
-            descriptor.annotations.extend(built.annotations());
-            (bytes, built.diff_id, descriptor)
-        }
-    }
-}
+use harness::{listing::Allowed, tarball::Tarball};
 
 /// Bytes that look random but are the same on every run.
 pub fn noise(seed: u64, length: usize) -> Vec<u8> {
@@ -276,4 +116,19 @@ pub fn oddities() -> Vec<Vec<u8>> {
         repeated,
         empty,
     ]
+}
+
+/// What may differ in [`oddities`]: times of the directories that an entry is missing for, in some
+/// layer. (An unpack changes the time of a directory of a layer below as well.)
+pub fn allowed() -> Allowed {
+    let mut implied: Vec<std::path::PathBuf> =
+        ["group", "names", "deep", "many", "private", "tmp", "opaque"]
+            .map(Into::into)
+            .into();
+    let mut deep = std::path::PathBuf::from("deep");
+    for part in 1..=9 {
+        deep.push(part.to_string());
+        implied.push(deep.clone());
+    }
+    Allowed { implied }
 }

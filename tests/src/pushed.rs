@@ -1,11 +1,12 @@
-//! Tiny images for tests, pushed past the network into a lab registry.
+//! Images for tests, pushed past the network into a lab registry.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, io::Write as _, path::Path};
 
+use flate2::write::GzEncoder;
 use formats::{
     digest::Digest,
     oci::{
-        ANNOTATION_TOC_DIGEST, Descriptor, ImageConfig, Manifest, chain_ids,
+        ANNOTATION_TOC_DIGEST, Descriptor, ImageConfig, Manifest, blob_path, chain_ids,
         media_type::{OCI_CONFIG, OCI_LAYER_GZIP, OCI_MANIFEST},
     },
     stargz::{self, WriterOptions},
@@ -48,10 +49,7 @@ impl PushedLayer {
         )
         .expect("a tar the writer takes");
         let mut descriptor = Descriptor::new(OCI_LAYER_GZIP, built.blob_digest, built.blob_len);
-        descriptor.annotations.insert(
-            ANNOTATION_TOC_DIGEST.to_owned(),
-            built.toc_digest.to_string(),
-        );
+        descriptor.annotations.extend(built.annotations());
         // The writer adds the TOC's entry to the tar: what the layer is made of is in the blob.
         let tar = inflate(&blob);
         assert_eq!(Digest::of(&tar), built.diff_id, "the writer's DiffID");
@@ -61,6 +59,17 @@ impl PushedLayer {
             descriptor,
             diff_id: built.diff_id,
         }
+    }
+
+    /// Each layer as eStargz.
+    ///
+    /// # Panics
+    /// As [`Self::estargz`].
+    pub fn all_estargz(layers: &[Self], options: &WriterOptions) -> Vec<Self> {
+        let layers = layers.iter();
+        layers
+            .map(|layer| Self::estargz_with(&layer.tar, options))
+            .collect()
     }
 
     /// An ordinary gzip layer.
@@ -110,22 +119,23 @@ impl PushedImage {
     /// # Panics
     /// When the registry's store fails.
     pub fn push(lab: &Handle, repository: &str, tag: &str, layers: &[PushedLayer]) -> Self {
-        let diff_ids: Vec<Digest> = layers.iter().map(|layer| layer.diff_id).collect();
-        Self::push_claiming(lab, repository, tag, layers, &diff_ids)
+        Self::push_running(lab, repository, tag, layers, &[])
     }
 
-    /// As [`Self::push`], with a config that claims other DiffIDs.
+    /// As [`Self::push`], with what a container of it starts.
     ///
     /// # Panics
     /// As [`Self::push`].
-    pub fn push_claiming(
+    pub fn push_running(
         lab: &Handle,
         repository: &str,
         tag: &str,
         layers: &[PushedLayer],
-        diff_ids: &[Digest],
+        command: &[&str],
     ) -> Self {
-        let config = config(diff_ids);
+        let diff_ids: Vec<Digest> = layers.iter().map(|layer| layer.diff_id).collect();
+        let chains = chain_ids(&diff_ids);
+        let config = config(diff_ids, command);
         let config_digest = lab.push_blob(repository, &config).expect("config");
         for layer in layers {
             lab.push_blob(repository, &layer.blob).expect("layer");
@@ -144,49 +154,92 @@ impl PushedImage {
             reference: format!("{}/{repository}:{tag}", lab.host()),
             manifest: digest,
             layers: layers.to_vec(),
-            chains: chain_ids(diff_ids),
+            chains,
         }
+    }
+
+    /// Compressed bytes of all layers.
+    pub fn layer_bytes(&self) -> u64 {
+        self.layers.iter().map(|layer| layer.descriptor.size).sum()
+    }
+
+    /// Chain ID of the whole image, which its top snapshot is found by.
+    ///
+    /// # Panics
+    /// When it has no layers.
+    pub fn top(&self) -> String {
+        self.chains
+            .last()
+            .expect("an image with layers")
+            .to_string()
     }
 }
 
-fn config(diff_ids: &[Digest]) -> Vec<u8> {
-    let ids: Vec<String> = diff_ids.iter().map(ToString::to_string).collect();
-    let text = serde_json::json!({
-        "architecture": std::env::consts::ARCH,
-        "os": "linux",
-        "config": {},
-        "rootfs": { "type": "layers", "diff_ids": ids },
-    })
-    .to_string();
-    let parsed = ImageConfig::parse(text.as_bytes()).expect("our own config");
-    parsed.to_json()
+fn config(diff_ids: Vec<Digest>, command: &[&str]) -> Vec<u8> {
+    let architecture = match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    };
+    let mut config = ImageConfig {
+        architecture: architecture.into(),
+        os: "linux".into(),
+        ..ImageConfig::default()
+    };
+    if !command.is_empty() {
+        config.config.entrypoint = Some(command.iter().map(|&word| word.to_owned()).collect());
+        config.config.env = vec!["PATH=/usr/sbin:/usr/bin:/sbin:/bin".into()];
+    }
+    config.rootfs.diff_ids = diff_ids;
+    config.to_json()
 }
 
 /// One gzip member.
 fn gzip(data: &[u8]) -> Vec<u8> {
-    use std::{
-        io::{Read as _, Write as _},
-        process::{Command, Stdio},
+    let mut encoder = GzEncoder::new(Vec::new(), flate2::Compression::new(6));
+    encoder.write_all(data).expect("memory takes bytes");
+    encoder.finish().expect("memory takes bytes")
+}
+
+/// What a container of [`sample`]'s layers runs; it prints `ready`.
+pub const SAMPLE_COMMAND: [&str; 2] = ["/usr/bin/python3", "/app/ready.py"];
+
+/// The layers of a small image that runs, as ordinary ones: this machine's python3 and what it
+/// needs.
+///
+/// # Panics
+/// When it cannot be built.
+pub fn sample(dir: &Path) -> Vec<PushedLayer> {
+    let size = benches::sample::SampleOptions {
+        payload_bytes: 60 << 20,
+        entries: 1500,
     };
-    let mut child = Command::new("gzip")
-        .args(["-n", "-c"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("gzip(1)");
-    let mut stdin = child.stdin.take().expect("piped");
-    let data = data.to_vec();
-    let writer = std::thread::spawn(move || stdin.write_all(&data));
-    let mut blob = Vec::new();
-    child
-        .stdout
-        .take()
-        .expect("piped")
-        .read_to_end(&mut blob)
-        .expect("gzip's output");
-    writer.join().expect("no panic").expect("gzip takes it all");
-    assert!(child.wait().expect("gzip ends").success());
-    blob
+    let layout = benches::sample::build(dir, size, &mut |_| {}).expect("a sample image");
+    let json = std::fs::read(dir.join(blob_path(&layout.manifest))).expect("its manifest");
+    let manifest = Manifest::parse(&json, None).expect("a manifest");
+    layout_layers(dir, &manifest)
+}
+
+/// The layers of an OCI layout as they stand, whoever made them.
+///
+/// # Panics
+/// When one cannot be read.
+pub fn layout_layers(layout: &Path, manifest: &Manifest) -> Vec<PushedLayer> {
+    let layers = manifest.layers.iter();
+    layers
+        .map(|descriptor| {
+            let path = layout.join(blob_path(&descriptor.digest));
+            let blob =
+                std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+            let tar = inflate(&blob);
+            PushedLayer {
+                diff_id: Digest::of(&tar),
+                tar,
+                blob,
+                descriptor: descriptor.clone(),
+            }
+        })
+        .collect()
 }
 
 /// All members of a gzip stream.

@@ -14,7 +14,8 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
         "core-runtime",
         &["formats", "storage", "fuse", "snapshotterd", "lab"],
     ),
-    ("harness", &["formats"]),
+    ("skip", &[]),
+    ("harness", &["formats", "skip"]),
     (
         "benches",
         &[

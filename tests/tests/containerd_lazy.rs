@@ -2,150 +2,25 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::{path::PathBuf, time::Duration};
+use std::time::Duration;
 
-use lab::{Lab, LabOptions};
+use formats::stargz::WriterOptions;
 use suite::{
-    containerd::{Containerd, Line, PLUGIN, Setup},
+    containerd::{Line, PLUGIN},
     cri::{self, Cri},
-    daemon::Daemon,
-    images::{self, Pushed, TestLayer},
-    isolate,
-    listing::{self, Allowed, Listing},
+    images, isolate,
+    listing::{self, Listing},
+    node::Node,
+    pushed::{self, PushedImage, PushedLayer, SAMPLE_COMMAND},
     skip,
-    workdir::Workdir,
 };
 
-/// Everything one test needs.
-struct World {
-    // Dropped in this order: containers first, then the daemon, then its directories.
-    containerd: Containerd,
-    daemon: Daemon,
-    lab: Lab,
-    work: Workdir,
-}
+const CONFIG: &str = "lazy.hydration = \"off\"\n";
 
-impl World {
-    fn start(line: Line, hydration: &str) -> Self {
-        let work = Workdir::new();
-        let lab = Lab::start_blocking(LabOptions::new(work.sub("registry"))).unwrap();
-        let socket = work.path().join("c/c.sock");
-        let config = format!(
-            "[lazy]\nhydration = \"{hydration}\"\n[containerd]\naddress = {:?}\n[registry]\nconfig_path = \"\"\n",
-            socket.display().to_string()
-        );
-        let daemon = Daemon::start(&work.sub("d"), &config);
-        let setup = Setup {
-            line,
-            snapshotter: Some((daemon.socket(), daemon.root())),
-            cri_snapshotter: PLUGIN.into(),
-            sandbox_image: format!("{}/pause:1", lab.host()),
-            hosts_dir: work.sub("hosts"),
-            tuned: false,
-        };
-        let containerd = Containerd::start(&work.sub("c"), setup);
-        Self {
-            containerd,
-            daemon,
-            lab,
-            work,
-        }
-    }
-
-    /// `ctr images pull` (2.x: through the transfer service) or upstream's rpull (1.6).
-    fn pull(&self, image: &Pushed, snapshotter: &str) {
-        let reference = image.reference.as_str();
-        if snapshotter == PLUGIN && self.containerd.line() == Line::V1_6 {
-            let args = [
-                "images",
-                "rpull",
-                "--plain-http",
-                "--snapshotter",
-                PLUGIN,
-                reference,
-            ];
-            let output = self.containerd.ctr_remote(args).expect("checked before");
-            assert!(
-                output.status.success(),
-                "{}",
-                String::from_utf8_lossy(&output.stderr)
-            );
-        } else {
-            self.containerd.ctr([
-                "images",
-                "pull",
-                "--plain-http",
-                "--snapshotter",
-                snapshotter,
-                reference,
-            ]);
-        }
-    }
-
-    /// Mounts the image through containerd and lists it.
-    fn list(&self, image: &Pushed, snapshotter: &str) -> Listing {
-        let name = format!("view-{snapshotter}-{}", image.digest.hex());
-        let target = self.work.sub(&name);
-        let path = target.display().to_string();
-        if self.containerd.line() != Line::V1_6 {
-            let images = [
-                "images",
-                "mount",
-                "--snapshotter",
-                snapshotter,
-                &image.reference,
-                &path,
-            ];
-            self.containerd.ctr(images);
-            let listing = listing::list(&target).unwrap();
-            self.containerd.ctr([
-                "images",
-                "unmount",
-                "--rm",
-                "--snapshotter",
-                snapshotter,
-                &path,
-            ]);
-            return listing;
-        }
-        // `ctr images mount` of 1.6 ignores the snapshotter it is given: view, and mount by hand.
-        let chain = formats::oci::chain_ids(&image.config.rootfs.diff_ids)
-            .pop()
-            .unwrap()
-            .to_string();
-        let snapshots = ["snapshots", "--snapshotter", snapshotter];
-        let call = |args: &[&str]| self.containerd.ctr(snapshots.iter().chain(args));
-        // Nothing refers to the view until it has the label: the garbage collector of the pull that
-        // has just ended may be quicker, so it is made again.
-        let labelled = (0..20).any(|_| {
-            let try_call = |args: &[&str]| {
-                let args = snapshots.iter().chain(args);
-                self.containerd.ctr_within(30, args).status.success()
-            };
-            try_call(&["view", &name, &chain]);
-            try_call(&["label", &name, "containerd.io/gc.root=test"])
-        });
-        assert!(labelled, "{name} is taken away again and again");
-        let command = call(&["mounts", &path, &name]);
-        let mounted = std::process::Command::new("sh")
-            .arg("-c")
-            .arg(&command)
-            .output()
-            .unwrap();
-        assert!(
-            mounted.status.success(),
-            "{command}: {}",
-            String::from_utf8_lossy(&mounted.stderr)
-        );
-        let listing = listing::list(&target).unwrap();
-        rustix::mount::unmount(&target, rustix::mount::UnmountFlags::empty()).unwrap();
-        call(&["rm", &name]);
-        listing
-    }
-
-    fn lazy_layers(&self) -> Vec<serde_json::Value> {
-        benches::client::lazy_layers(&self.daemon.admin()).unwrap()
-    }
+fn list(node: &Node, image: &PushedImage, snapshotter: &str) -> Listing {
+    let name = format!("view-{snapshotter}-{}", image.manifest.hex());
+    let target = node.work.sub(&name);
+    node.containerd.list(&image.top(), snapshotter, &target)
 }
 
 fn ready(line: Line) -> bool {
@@ -162,73 +37,49 @@ fn ready(line: Line) -> bool {
     isolate::enter(400)
 }
 
-fn allowed() -> Allowed {
-    // Directories of `oddities` that no entry of any layer describes.
-    let names = ["group", "names", "deep", "many"];
-    let mut implied: Vec<PathBuf> = names.iter().map(PathBuf::from).collect();
-    let mut deep = PathBuf::from("deep");
-    for part in 1..=9 {
-        deep.push(part.to_string());
-        implied.push(deep.clone());
-    }
-    // An implied directory of an upper layer: an unpack changes its time as well.
-    implied.extend(["private", "tmp", "opaque"].map(PathBuf::from));
-    Allowed { implied }
-}
-
 fn equal(line: Line) {
     if !ready(line) {
         return;
     }
-    let world = World::start(line, "off");
+    let node = Node::start(line, CONFIG);
     let tars = images::oddities();
-    let lazy: Vec<_> = tars.iter().cloned().map(TestLayer::lazy).collect();
-    let plain: Vec<_> = tars.iter().cloned().map(TestLayer::plain).collect();
-    let mixed: Vec<_> = tars
-        .iter()
-        .enumerate()
-        .map(|(index, tar)| {
-            if index % 2 == 0 {
-                TestLayer::plain(tar.clone())
+    // Which layers are lazy: all, those above ordinary ones, those below them.
+    let layers = |is_lazy: fn(usize) -> bool| -> Vec<PushedLayer> {
+        let layer = |(index, tar): (usize, &Vec<u8>)| {
+            if is_lazy(index) {
+                PushedLayer::estargz(tar)
             } else {
-                TestLayer::lazy(tar.clone())
+                PushedLayer::gzip(tar)
             }
-        })
-        .collect();
-    let other: Vec<_> = tars
-        .iter()
-        .enumerate()
-        .map(|(index, tar)| {
-            if index % 2 == 1 {
-                TestLayer::plain(tar.clone())
-            } else {
-                TestLayer::lazy(tar.clone())
-            }
-        })
-        .collect();
-    let plain = images::push(&world.lab, "odd", "plain", &plain, &["/none"]);
-    world.pull(&plain, "overlayfs");
-    let oracle = world.list(&plain, "overlayfs");
+        };
+        tars.iter().enumerate().map(layer).collect()
+    };
+    let plain = PushedImage::push(&node.lab, "odd", "plain", &layers(|_| false));
+    node.containerd.pull(&plain.reference, "overlayfs");
+    let oracle = list(&node, &plain, "overlayfs");
     assert!(oracle.len() > 300, "{}", oracle.len());
 
-    let lazy = images::push(&world.lab, "odd", "lazy", &lazy, &["/none"]);
-    let before = world.lab.log().mark();
-    world.pull(&lazy, PLUGIN);
-    let served = world.lab.log().totals_since(&before);
+    let lazy = PushedImage::push(&node.lab, "odd", "lazy", &layers(|_| true));
+    let before = node.lab.log().mark();
+    node.containerd.pull_lazily(&lazy.reference, PLUGIN);
+    let served = node.lab.log().totals_since(&before);
     assert!(
         served.blob_bytes < lazy.layer_bytes() / 2,
         "{} of {} layer bytes were downloaded by the pull:\n{}",
         served.blob_bytes,
         lazy.layer_bytes(),
-        suite::daemon::tail(&world.daemon.log_path()),
+        suite::daemon::tail(&node.daemon.log_path()),
     );
-    let found = listing::differences(&oracle, &world.list(&lazy, PLUGIN), &allowed());
+    let found = listing::differences(&oracle, &list(&node, &lazy, PLUGIN), &images::allowed());
     assert!(found.is_empty(), "lazy:\n{}", found.join("\n"));
 
+    let mixed = layers(|index| index % 2 == 1);
+    let other = layers(|index| index % 2 == 0);
     for (tag, layers) in [("mixed", mixed), ("other", other)] {
-        let image = images::push(&world.lab, "odd", tag, &layers, &["/none"]);
-        world.pull(&image, PLUGIN);
-        let found = listing::differences(&oracle, &world.list(&image, PLUGIN), &allowed());
+        let image = PushedImage::push(&node.lab, "odd", tag, &layers);
+        node.containerd.pull_lazily(&image.reference, PLUGIN);
+        let found = list(&node, &image, PLUGIN);
+        let found = listing::differences(&oracle, &found, &images::allowed());
         assert!(found.is_empty(), "{tag}:\n{}", found.join("\n"));
     }
 }
@@ -248,66 +99,26 @@ fn trees_equal_an_ordinary_pull_on_1_6() {
     equal(Line::V1_6);
 }
 
-/// A small image that runs: the machine's shell and what it needs.
-fn shell_image(world: &World, tag: &str) -> Pushed {
-    let dir = world.work.sub("shell");
-    let layout = benches::sample::build(
-        &dir,
-        benches::sample::SampleOptions {
-            payload_bytes: 60 << 20,
-            entries: 1500,
-        },
-        &mut |_| {},
-    )
-    .unwrap();
-    let mut layers = Vec::new();
-    let manifest = std::fs::read(dir.join(formats::oci::blob_path(&layout.manifest))).unwrap();
-    let manifest = formats::oci::Manifest::parse(&manifest, None).unwrap();
-    for layer in &manifest.layers {
-        let blob = std::fs::File::open(dir.join(formats::oci::blob_path(&layer.digest))).unwrap();
-        let mut tar = Vec::new();
-        std::io::Read::read_to_end(&mut flate2::read::GzDecoder::new(blob), &mut tar).unwrap();
-        layers.push(TestLayer::lazy(tar));
-    }
-    images::push(
-        &world.lab,
-        "shell",
-        tag,
-        &layers,
-        &["/usr/bin/python3", "/app/ready.py"],
-    )
-}
-
 fn runs(line: Line) {
     if !ready(line) {
         return;
     }
-    let world = World::start(line, "off");
-    let image = shell_image(&world, "lazy");
-    let before = world.lab.log().mark();
-    world.pull(&image, PLUGIN);
-    let mut args = vec![
-        "run".to_owned(),
-        "--rm".into(),
-        "--snapshotter".into(),
-        PLUGIN.into(),
-    ];
-    args.extend(world.containerd.run_flags());
-    // runc keeps its state by name, outside of the private directories.
-    args.extend([
-        image.reference.clone(),
-        format!("first-{}", std::process::id()),
-    ]);
-    let output = world.containerd.ctr(args);
+    let node = Node::start(line, CONFIG);
+    let layers = pushed::sample(&node.work.sub("sample"));
+    let layers = PushedLayer::all_estargz(&layers, &WriterOptions::default());
+    let image = PushedImage::push_running(&node.lab, "shell", "lazy", &layers, &SAMPLE_COMMAND);
+    let before = node.lab.log().mark();
+    node.containerd.pull_lazily(&image.reference, PLUGIN);
+    let output = node.containerd.run(&image.reference, PLUGIN);
     assert!(output.contains("ready"), "{output}");
-    let served = world.lab.log().totals_since(&before);
+    let served = node.lab.log().totals_since(&before);
     assert!(
         served.blob_bytes < image.layer_bytes(),
         "{} of {} bytes",
         served.blob_bytes,
         image.layer_bytes()
     );
-    world.lazy_layers();
+    benches::client::lazy_layers(&node.daemon.admin()).unwrap();
 }
 
 #[test]
@@ -329,45 +140,29 @@ fn kubernetes(line: Line) {
     if !ready(line) {
         return;
     }
-    let world = World::start(line, "off");
-    let image = shell_image(&world, "cri");
+    let node = Node::start(line, CONFIG);
+    let layers = pushed::sample(&node.work.sub("sample"));
+    let layers = PushedLayer::all_estargz(&layers, &WriterOptions::default());
+    let image = PushedImage::push_running(&node.lab, "shell", "cri", &layers, &SAMPLE_COMMAND);
     // The pause container: anything that sleeps.
-    let pause_layers: Vec<_> = image.manifest.layers.clone();
-    let mut config = image.config.clone();
-    config.config.entrypoint = Some(vec!["/usr/bin/sleep".into(), "1000".into()]);
-    let json = config.to_json();
-    let descriptor = formats::oci::Descriptor::of(formats::oci::media_type::OCI_CONFIG, &json);
-    world.lab.push_blob("pause", &json).unwrap();
-    for layer in &pause_layers {
-        let path = world
-            .work
-            .path()
-            .join("registry/blobs/sha256")
-            .join(layer.digest.hex());
-        world
-            .lab
-            .push_blob_from("pause", std::fs::File::open(path).unwrap())
-            .unwrap();
-    }
-    let manifest = formats::oci::Manifest::new(descriptor, pause_layers);
-    images::push_manifest(&world.lab, "pause", "1", &manifest);
+    let sleep = ["/usr/bin/sleep", "1000"];
+    PushedImage::push_running(&node.lab, "pause", "1", &layers, &sleep);
 
-    let before = world.lab.log().mark();
+    let before = node.lab.log().mark();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .unwrap();
-    let logs = world.work.sub("logs");
+    let logs = node.work.sub("logs");
     runtime.block_on(async {
-        let cri = Cri::connect(&world.containerd.socket()).await.unwrap();
+        let cri = Cri::connect(&node.containerd.socket()).await.unwrap();
         let pod = cri::pod("pod", &logs);
         cri.pull_image(&image.reference, Some(pod.clone()))
             .await
             .unwrap();
         let sandbox = cri.run_sandbox(&pod).await.unwrap();
-        let command = ["/usr/bin/python3", "/app/ready.py"];
         let container = cri
-            .start_container(&sandbox, &pod, "main", &image.reference, &command)
+            .start_container(&sandbox, &pod, "main", &image.reference, &SAMPLE_COMMAND)
             .await
             .unwrap();
         let status = cri.wait(&container, Duration::from_secs(60)).await.unwrap();
@@ -376,7 +171,7 @@ fn kubernetes(line: Line) {
     });
     let log = std::fs::read_to_string(logs.join("main.log")).unwrap();
     assert!(log.contains("ready"), "{log}");
-    let served = world.lab.log().totals_since(&before);
+    let served = node.lab.log().totals_since(&before);
     assert!(
         served.blob_bytes < image.layer_bytes(),
         "{} of {} bytes",

@@ -17,6 +17,7 @@ use formats::{
     limits::Limits,
     tree::{InodeId, Kind, LayerTree},
 };
+use skip::skip;
 
 fn fixtures() -> Option<PathBuf> {
     let dir = std::env::var_os("SNAPSHOTTERD_FIXTURES").map_or_else(
@@ -40,7 +41,7 @@ fn unpacked(path: &Path) -> Vec<u8> {
 #[test]
 fn fixtures_read_as_listed() {
     let Some(dir) = fixtures() else {
-        eprintln!("SKIP: the interop fixtures or the zstd program are not here");
+        skip("the interop fixtures or the zstd program are not here");
         return;
     };
     let listing = fs::read_to_string(dir.join("tree/tree.tsv")).unwrap();

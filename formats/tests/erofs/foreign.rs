@@ -7,6 +7,7 @@ use formats::{
     limits::Limits,
     tree::{InodeId, Kind, LayerTree},
 };
+use skip::skip;
 
 /// A small directory in the temporary directory `dir`.
 fn source(dir: &Path) -> std::path::PathBuf {
@@ -67,7 +68,7 @@ fn what_mkfs_writes_is_read() {
         .output()
         .is_err()
     {
-        eprintln!("SKIP: mkfs.erofs (package erofs-utils) is not installed");
+        skip("mkfs.erofs (package erofs-utils) is not installed");
         return;
     }
     let dir = tempfile::tempdir().unwrap();

@@ -21,6 +21,7 @@ use formats::{
     units::DecodedOffset,
 };
 use rustix::mount::{MountFlags, mount, unmount};
+use skip::skip;
 
 use crate::sample::{Sample, attrs, directory, everything};
 
@@ -43,7 +44,7 @@ fn fsck_accepts_the_image() {
         .output()
         .is_err()
     {
-        eprintln!("SKIP: fsck.erofs (package erofs-utils) is not installed");
+        skip("fsck.erofs (package erofs-utils) is not installed");
         return;
     }
     let dir = tempfile::tempdir().unwrap();
@@ -66,7 +67,7 @@ fn fsck_accepts_the_image() {
 /// Runs the ignored test `name` of this program where its mounts are seen by nobody else.
 fn in_namespace(name: &str) {
     if let Some(why) = cannot_mount() {
-        eprintln!("SKIP: {why}");
+        skip(why);
         return;
     }
     let output = Command::new("timeout")

@@ -10,6 +10,7 @@ use formats::{
     digest::Digest,
     stargz::{Built, WriterOptions},
 };
+use skip::skip;
 
 use crate::{
     identity::write,
@@ -94,7 +95,7 @@ fn layers(dir: &Path) -> Vec<(PathBuf, Built)> {
 fn gzip_and_tar_read_our_layers() {
     for program in ["gzip", "tar"] {
         if Command::new(program).arg("--version").output().is_err() {
-            eprintln!("SKIP: {program} is not installed");
+            skip(&format!("{program} is not installed"));
             return;
         }
     }
@@ -133,12 +134,14 @@ fn upstream_verifies_and_reads_our_layers() {
         .output();
     match built {
         Err(error) => {
-            eprintln!("SKIP: no Go toolchain: {error}");
+            skip(&format!("no Go toolchain: {error}"));
             return;
         }
         Ok(output) if !output.status.success() => {
             let said = String::from_utf8_lossy(&output.stderr);
-            eprintln!("SKIP: the pinned Go modules cannot be had or built: {said}");
+            skip(&format!(
+                "the pinned Go modules cannot be had or built: {said}"
+            ));
             return;
         }
         Ok(_) => {}

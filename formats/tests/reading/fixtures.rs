@@ -7,6 +7,7 @@ use std::{
 };
 
 use serde_json::Value;
+use skip::skip;
 
 /// An OCI image layout.
 pub(crate) struct ImageLayout {
@@ -29,10 +30,10 @@ pub(crate) fn root() -> Option<PathBuf> {
     if root.join("tree/tree.tsv").is_file() {
         return Some(root);
     }
-    eprintln!(
-        "SKIP: no fixtures at {} (set SNAPSHOTTERD_FIXTURES)",
+    skip(&format!(
+        "no fixtures at {} (set SNAPSHOTTERD_FIXTURES)",
         root.display()
-    );
+    ));
     None
 }
 

@@ -6,6 +6,7 @@ use std::{
 };
 
 use serde_json::json;
+use skip::skip;
 
 use crate::world::{World, eventually};
 
@@ -108,7 +109,7 @@ fn a_mount_in_flight_neither_holds_the_successor_nor_is_lost() {
         let settled = daemon.ask("settle", "settled");
         assert_eq!(settled["stuck"], json!(0));
         if !world.mounts().iter().any(|m| m.fs_type == "erofs") {
-            eprintln!("SKIP: no EROFS on FUSE here");
+            skip("no EROFS on FUSE here");
             return;
         }
         let file = target.join("file");

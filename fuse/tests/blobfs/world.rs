@@ -20,6 +20,7 @@ use formats::{
 use fuse::mounts::{MountInfo, mountinfo};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
+use skip::skip;
 use tempfile::TempDir;
 
 pub(crate) const FIXTURE: &str = env!("CARGO_BIN_EXE_blobfs-fixture");
@@ -34,11 +35,11 @@ impl World {
     /// `None`, said on stderr, where this machine cannot run such a test.
     pub(crate) fn new(nodes: &Value) -> Option<Self> {
         if !rustix::process::geteuid().is_root() {
-            eprintln!("SKIP: mounting needs root");
+            skip("mounting needs root");
             return None;
         }
         if !Path::new("/dev/fuse").exists() {
-            eprintln!("SKIP: no /dev/fuse");
+            skip("no /dev/fuse");
             return None;
         }
         let dir = TempDir::new().unwrap();
@@ -141,7 +142,7 @@ impl World {
         }));
         let done = answer["result"] == json!("done");
         if !done {
-            eprintln!("SKIP: no EROFS on FUSE here: {answer}");
+            skip(&format!("no EROFS on FUSE here: {answer}"));
         }
         done
     }

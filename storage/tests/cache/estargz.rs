@@ -8,6 +8,7 @@ use formats::{
     stargz::{StargzLayer, StartList, WriterOptions, build, decode_chunk, parse_toc},
 };
 use lab::{Lab, LabOptions, LinkModel};
+use skip::skip;
 use storage::{
     cache::{CacheOptions, LayerBlob, Wire, WireOptions},
     hydrate::{HydrateOptions, Mode, StargzProof, Verdict},
@@ -113,10 +114,10 @@ fn fixtures() -> Option<PathBuf> {
     if root.join("stargz/index.json").is_file() {
         return Some(root);
     }
-    eprintln!(
-        "SKIP: no fixtures at {} (set SNAPSHOTTERD_FIXTURES)",
+    skip(&format!(
+        "no fixtures at {} (set SNAPSHOTTERD_FIXTURES)",
         root.display()
-    );
+    ));
     None
 }
 

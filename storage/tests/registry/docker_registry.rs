@@ -11,6 +11,7 @@ use formats::{
     digest::Digest,
     oci::{Descriptor, Manifest, media_type},
 };
+use skip::skip;
 use storage::{
     ranges::{FetchFailure, MemorySource},
     registry::{Pushed, Reference, RegistryError, Repository},
@@ -54,7 +55,7 @@ fn program() -> Option<PathBuf> {
 
 async fn start() -> Option<Registry> {
     let Some(program) = program() else {
-        eprintln!("SKIP: no docker-registry (tests/peers/debs unpacks it)");
+        skip("no docker-registry (tests/peers/debs unpacks it)");
         return None;
     };
     let dir = tempfile::tempdir().unwrap();

@@ -76,6 +76,45 @@ impl Line {
     }
 }
 
+/// A snapshotter daemon that containerd is to know.
+#[derive(Clone, Debug)]
+pub struct Proxy {
+    /// Its name there.
+    pub name: String,
+    /// Its gRPC socket.
+    pub socket: PathBuf,
+    /// Its persistent directory.
+    pub root: PathBuf,
+}
+
+impl Proxy {
+    /// Its part of containerd's config.
+    fn section(&self, line: Line) -> String {
+        let Self { name, socket, root } = self;
+        let (socket, root) = (socket.display().to_string(), root.display().to_string());
+        let plugin =
+            format!("[proxy_plugins.{name}]\n  type = \"snapshot\"\n  address = {socket:?}\n");
+        if line == Line::V1_6 {
+            return plugin;
+        }
+        format!(
+            "{plugin}  [proxy_plugins.{name}.exports]\n    root = {root:?}\n    enable_remote_snapshot_annotations = \"true\"\n"
+        )
+    }
+
+    /// What lets the transfer service unpack into it.
+    fn unpacking(&self) -> String {
+        format!(
+            r#"  [[plugins."io.containerd.transfer.v1.local".unpack_config]]
+    platform = "linux/amd64"
+    snapshotter = "{}"
+    differ = "walking"
+"#,
+            self.name
+        )
+    }
+}
+
 /// How containerd is configured.
 #[derive(Clone, Debug)]
 pub struct Setup {
@@ -108,11 +147,20 @@ impl Containerd {
     /// # Panics
     /// When its programs are missing (ask [`Line::missing`] first) or it does not listen in 30 s.
     pub fn start(dir: &Path, setup: Setup) -> Self {
+        Self::start_with(dir, setup, &[])
+    }
+
+    /// As [`Self::start`], with further snapshotter daemons beside [`Setup::snapshotter`].
+    ///
+    /// # Panics
+    /// As [`Self::start`].
+    pub fn start_with(dir: &Path, setup: Setup, others: &[Proxy]) -> Self {
         let programs = setup.line.programs().expect("asked Line::missing first");
         std::fs::create_dir_all(dir).expect("containerd's directory");
         std::fs::create_dir_all(&setup.hosts_dir).expect("hosts directory");
         let config = dir.join("containerd.toml");
-        std::fs::write(&config, config_text(dir, &setup)).expect("containerd's config file");
+        std::fs::write(&config, config_text(dir, &setup, others))
+            .expect("containerd's config file");
         let log = dir.join("containerd.log");
         let mut command = Command::new(programs.join("containerd"));
         command
@@ -269,7 +317,7 @@ fn path_with(programs: &Path) -> String {
     )
 }
 
-fn config_text(dir: &Path, setup: &Setup) -> String {
+fn config_text(dir: &Path, setup: &Setup, others: &[Proxy]) -> String {
     let Setup {
         tuned,
         snapshotter,
@@ -283,17 +331,16 @@ fn config_text(dir: &Path, setup: &Setup) -> String {
     let runc = runc()
         .map(|path| path.display().to_string())
         .unwrap_or_default();
-    let proxy = snapshotter.as_ref().map_or_else(String::new, |(socket, root)| {
-        let exports = if setup.line == Line::V1_6 {
-            String::new()
-        } else {
-            format!(
-                "  [proxy_plugins.{PLUGIN}.exports]\n    root = {:?}\n    enable_remote_snapshot_annotations = \"true\"\n",
-                root.display().to_string()
-            )
-        };
-        format!("[proxy_plugins.{PLUGIN}]\n  type = \"snapshot\"\n  address = {:?}\n{exports}", socket.display().to_string())
+    let ours = snapshotter.as_ref().map(|(socket, root)| Proxy {
+        name: PLUGIN.into(),
+        socket: socket.clone(),
+        root: root.clone(),
     });
+    let proxies: Vec<&Proxy> = ours.iter().chain(others).collect();
+    let proxy: String = proxies
+        .iter()
+        .map(|proxy| proxy.section(setup.line))
+        .collect();
     if setup.line == Line::V1_6 {
         return format!(
             r#"version = 2
@@ -325,15 +372,7 @@ state = "{dir}/state"
     } else {
         ""
     };
-    let unpack = snapshotter.as_ref().map_or_else(String::new, |_| {
-        format!(
-            r#"  [[plugins."io.containerd.transfer.v1.local".unpack_config]]
-    platform = "linux/amd64"
-    snapshotter = "{PLUGIN}"
-    differ = "walking"
-"#
-        )
-    });
+    let unpack: String = proxies.iter().map(|proxy| proxy.unpacking()).collect();
     format!(
         r#"version = 3
 root = "{dir}/root"

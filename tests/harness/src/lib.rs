@@ -11,7 +11,9 @@ pub mod isolate;
 pub mod listing;
 pub mod machine;
 pub mod process;
+pub mod pulling;
+pub mod stargz;
 pub mod tarball;
 pub mod workdir;
 
-pub use machine::skip;
+pub use skip::skip;

@@ -1,25 +1,9 @@
-//! What this machine has: binaries of this build, privately unpacked programs, skips.
+//! What this machine has: binaries of this build, privately unpacked programs.
 
 use std::{
     env,
-    io::Write as _,
     path::{Path, PathBuf},
 };
-
-/// Says loudly that a test cannot run here, and counts it for `./run test`.
-pub fn skip(why: &str) {
-    let name = std::thread::current().name().unwrap_or("test").to_owned();
-    eprintln!("SKIP: {name}: {why}");
-    if let Some(path) = env::var_os("SNAPSHOTTERD_SKIPS") {
-        let file = std::fs::OpenOptions::new()
-            .append(true)
-            .create(true)
-            .open(path);
-        if let Ok(mut file) = file {
-            let _ = writeln!(file, "{name}: {why}");
-        }
-    }
-}
 
 /// Whether the process is root, which everything that mounts needs.
 pub fn is_root() -> bool {

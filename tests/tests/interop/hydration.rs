@@ -2,18 +2,18 @@
 
 use std::{fs::File, os::unix::fs::FileExt as _, path::Path, time::Duration};
 
-use formats::{oci::Manifest, stargz::WriterOptions};
+use formats::stargz::WriterOptions;
 use lab::LinkModel;
 use suite::{
     images::{noise, oddities},
     listing::list,
-    pushed::{PushedImage, PushedLayer},
+    pushed::{self, PushedImage, PushedLayer},
     tarball::Tarball,
 };
 
 use crate::{
     fixture::{CONFIG, Fixture, runtime},
-    world::{all_proven, layout_layers, ready, sizes, within_egress_bound},
+    world::{all_proven, ready, sizes, within_egress_bound},
 };
 
 #[test]
@@ -38,29 +38,17 @@ fn the_oddities_end_in_proven() {
 
 /// The sample image, each layer as eStargz of ours.
 fn sample(fixture: &Fixture) -> Option<PushedImage> {
-    let dir = fixture.work.sub("sample");
-    let options = benches::sample::SampleOptions {
-        payload_bytes: 60 << 20,
-        entries: 1500,
-    };
     if !Path::new("/usr/bin/python3").exists() {
         suite::skip("no python3, of which the sample image is made");
         return None;
     }
-    let layout = benches::sample::build(&dir, options, &mut |_| {}).expect("the sample image");
-    let json = std::fs::read(dir.join(formats::oci::blob_path(&layout.manifest)));
-    let manifest = Manifest::parse(&json.expect("its manifest"), None).expect("a manifest");
-    let layers: Vec<_> = layout_layers(&dir, &manifest)
-        .iter()
-        .map(|layer| {
-            let options = WriterOptions {
-                level: 1,
-                prioritized: vec![b"usr/bin/python3".to_vec(), b"app/ready.py".to_vec()],
-                ..WriterOptions::default()
-            };
-            PushedLayer::estargz_with(&layer.tar, &options)
-        })
-        .collect();
+    let options = WriterOptions {
+        level: 1,
+        prioritized: vec![b"usr/bin/python3".to_vec(), b"app/ready.py".to_vec()],
+        ..WriterOptions::default()
+    };
+    let layers = pushed::sample(&fixture.work.sub("sample"));
+    let layers = PushedLayer::all_estargz(&layers, &options);
     Some(PushedImage::push(
         &fixture.lab,
         "sample/image",

@@ -6,6 +6,8 @@ mod fixture;
 
 mod deep;
 mod hydration;
+mod made;
+mod stargz;
 mod third_party;
 mod upstream;
 mod world;

@@ -11,13 +11,13 @@ use suite::{
     host::{Came, oracle},
     listing::{Allowed, differences, list},
     machine,
-    pushed::{PushedImage, cri_labels},
+    pushed::{PushedImage, cri_labels, layout_layers},
     skip,
 };
 
 use crate::{
     fixture::{CONFIG, Fixture, runtime},
-    world::{layout_layers, ready, verdicts, why_not, within_egress_bound},
+    world::{ready, verdicts, why_not, within_egress_bound},
 };
 
 /// Part of the reason why a layer is not lazy; `None` for lazy ones.

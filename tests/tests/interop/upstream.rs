@@ -1,20 +1,22 @@
 //! Upstream's `ctr-remote` makes images that we serve, and accepts those that we make.
 
-use std::process::Command;
-
-use formats::oci::{ANNOTATION_TOC_DIGEST, ImageConfig, Manifest};
-use lab::{Lab, LabOptions, Reference};
+use formats::oci::{ANNOTATION_TOC_DIGEST, chain_ids};
+use lab::{Lab, LabOptions};
 use suite::{
-    containerd::{Containerd, Line, PLUGIN, Setup},
+    containerd::{Containerd, Line, PLUGIN},
     daemon::Daemon,
-    images::{self, TestLayer},
-    listing::{self, Allowed, Listing},
-    machine::{binary, deb_program},
+    images, listing,
+    machine::deb_program,
+    node::{Node, plain},
+    pushed::{PushedImage, PushedLayer},
     skip,
     workdir::Workdir,
 };
 
-use crate::world::ready;
+use crate::{
+    made::{convert, stored},
+    world::ready,
+};
 
 /// Whether containerd 1.6 and ctr-remote, which make the images, are here.
 fn makers() -> bool {
@@ -33,15 +35,7 @@ fn makers() -> bool {
 
 /// containerd 1.6 as Debian has it, which upstream's tool works on.
 fn maker(work: &Workdir) -> Containerd {
-    let setup = Setup {
-        line: Line::V1_6,
-        snapshotter: None,
-        cri_snapshotter: "overlayfs".into(),
-        sandbox_image: "localhost/none:1".into(),
-        hosts_dir: work.sub("maker-hosts"),
-        tuned: false,
-    };
-    Containerd::start(&work.sub("maker"), setup)
+    Containerd::start(&work.sub("maker"), plain(Line::V1_6, work))
 }
 
 fn remote(containerd: &Containerd, args: &[&str]) -> Result<String, String> {
@@ -57,53 +51,6 @@ fn remote(containerd: &Containerd, args: &[&str]) -> Result<String, String> {
     ))
 }
 
-/// Manifest and config of an image in the registry's store.
-fn stored(lab: &Lab, repository: &str, tag: &str) -> (Manifest, ImageConfig) {
-    let name = repository.parse().expect("a repository");
-    let reference = Reference::Tag(tag.parse().expect("a tag"));
-    let found = lab.store().manifest(&name, &reference).expect("the store");
-    let found = found.unwrap_or_else(|| panic!("{repository}:{tag} was not pushed"));
-    let manifest = Manifest::parse(&found.bytes, Some(&found.media_type)).expect("a manifest");
-    let config = std::fs::read(lab.store().blob_path(&manifest.config.digest));
-    let config = ImageConfig::parse(&config.expect("a config")).expect("a config");
-    (manifest, config)
-}
-
-/// Pulls an image by `snapshotter`, mounts it and lists it.
-fn pulled(containerd: &Containerd, work: &Workdir, reference: &str, snapshotter: &str) -> Listing {
-    let with = ["--snapshotter", snapshotter];
-    let pull = [
-        "images",
-        "pull",
-        "--plain-http",
-        with[0],
-        with[1],
-        reference,
-    ];
-    containerd.ctr(pull);
-    let name = format!("{snapshotter}-{}", reference.replace(['/', ':'], "_"));
-    let target = work.sub(&name);
-    let path = target.display().to_string();
-    containerd.ctr(["images", "mount", with[0], with[1], reference, &path]);
-    let listing = listing::list(&target).expect("a tree");
-    containerd.ctr(["images", "unmount", "--rm", with[0], with[1], &path]);
-    listing
-}
-
-/// Directories of the oddities that an entry is missing for, in some layer: their times are free.
-fn allowed() -> Allowed {
-    let mut implied: Vec<std::path::PathBuf> =
-        ["group", "names", "deep", "many", "private", "tmp", "opaque"]
-            .map(Into::into)
-            .into();
-    let mut deep = std::path::PathBuf::from("deep");
-    for part in 1..=9 {
-        deep.push(part.to_string());
-        implied.push(deep.clone());
-    }
-    Allowed { implied }
-}
-
 #[test]
 fn images_made_by_ctr_remote_are_served_lazily() {
     let newer = [Line::V2_4, Line::V2_3];
@@ -114,15 +61,14 @@ fn images_made_by_ctr_remote_are_served_lazily() {
     if !makers() || !ready() {
         return;
     }
-    let work = Workdir::new();
-    let lab = Lab::start_blocking(LabOptions::new(work.sub("registry"))).expect("a registry");
-    let tars = images::oddities();
-    let plain: Vec<_> = tars.iter().cloned().map(TestLayer::plain).collect();
-    let plain = images::push(&lab, "up/odd", "plain", &plain, &["/none"]);
+    let node = Node::start(line, "lazy.hydration = \"off\"\n");
+    let layers = images::oddities();
+    let layers: Vec<_> = layers.iter().map(|tar| PushedLayer::gzip(tar)).collect();
+    let plain = PushedImage::push(&node.lab, "up/odd", "plain", &layers);
 
-    let maker = maker(&work);
+    let maker = maker(&node.work);
     maker.ctr(["images", "pull", "--plain-http", &plain.reference]);
-    let record = work.path().join("record.json");
+    let record = node.work.path().join("record.json");
     let lines: Vec<String> = [
         ("etc/passwd", 0),
         ("big", 0),
@@ -131,7 +77,7 @@ fn images_made_by_ctr_remote_are_served_lazily() {
     ]
     .iter()
     .map(|(path, layer)| {
-        let digest = plain.digest;
+        let digest = plain.manifest;
         format!("{{\"path\":\"{path}\",\"manifestDigest\":\"{digest}\",\"layerIndex\":{layer}}}\n")
     })
     .collect();
@@ -159,7 +105,7 @@ fn images_made_by_ctr_remote_are_served_lazily() {
     ];
     let mut made = Vec::new();
     for (tag, args) in variants {
-        let target = format!("{}/up/odd:{tag}", lab.host());
+        let target = format!("{}/up/odd:{tag}", node.lab.host());
         let args = [&args[..], &[&plain.reference, &target]].concat();
         remote(&maker, &args).expect("an image made by upstream");
         maker.ctr(["images", "push", "--plain-http", &target, &target]);
@@ -167,37 +113,32 @@ fn images_made_by_ctr_remote_are_served_lazily() {
     }
     drop(maker);
 
-    let config = "[lazy]\nhydration = \"off\"\n[containerd]\naddress = ";
-    let socket = work.path().join("c/c.sock").display().to_string();
-    let config = format!("{config}{socket:?}\n[registry]\nconfig_path = \"\"\n");
-    let daemon = Daemon::start(&work.sub("d"), &config);
-    let setup = Setup {
-        line,
-        snapshotter: Some((daemon.socket(), daemon.root())),
-        cri_snapshotter: PLUGIN.into(),
-        sandbox_image: "localhost/none:1".into(),
-        hosts_dir: work.sub("hosts"),
-        tuned: false,
-    };
-    let containerd = Containerd::start(&work.sub("c"), setup);
-    let before = lab.log().mark();
+    let before = node.lab.log().mark();
     for (tag, reference) in &made {
-        let lazy = pulled(&containerd, &work, reference, PLUGIN);
-        benches::client::lazy_layers(&daemon.admin()).unwrap_or_else(|why| panic!("{tag}: {why}"));
+        let (_, config) = stored(&node.lab, "up/odd", tag);
+        let chains = chain_ids(&config.rootfs.diff_ids);
+        let top = chains.last().expect("layers").to_string();
+        let pulled = |snapshotter: &str| {
+            node.containerd.pull(reference, snapshotter);
+            let target = node.work.sub(&format!("{snapshotter}-{tag}"));
+            node.containerd.list(&top, snapshotter, &target)
+        };
+        let lazy = pulled(PLUGIN);
+        benches::client::lazy_layers(&node.daemon.admin())
+            .unwrap_or_else(|why| panic!("{tag}: {why}"));
         assert!(lazy.len() > 300, "{tag}: {}", lazy.len());
-        let served = lab.log().totals_since(&before);
-        let oracle = pulled(&containerd, &work, reference, "overlayfs");
-        let found = listing::differences(&oracle, &lazy, &allowed());
+        let served = node.lab.log().totals_since(&before);
+        let oracle = pulled("overlayfs");
+        let found = listing::differences(&oracle, &lazy, &images::allowed());
         assert!(found.is_empty(), "{tag}:\n{}", found.join("\n"));
         assert!(served.blob_requests > 0);
     }
-    let verdicts = hydrated(&daemon);
+    let verdicts = hydrated(&node.daemon);
     // The empty layer and small ones are the same in several of them.
     assert!(verdicts.len() >= 10, "{verdicts:?}");
     for verdict in &verdicts {
         assert_eq!(verdict["verdict"], "proven", "{verdict}");
     }
-    drop((containerd, daemon));
 }
 
 /// Hydrates all layers and returns the verdicts.
@@ -220,21 +161,13 @@ fn upstream_finds_the_toc_digests_of_our_images() {
     }
     let work = Workdir::new();
     let lab = Lab::start_blocking(LabOptions::new(work.sub("registry"))).expect("a registry");
-    let tars = images::oddities();
-    let plain: Vec<_> = tars.into_iter().map(TestLayer::plain).collect();
-    let plain = images::push(&lab, "ours/odd", "plain", &plain, &["/none"]);
+    let layers = images::oddities();
+    let layers: Vec<_> = layers.iter().map(|tar| PushedLayer::gzip(tar)).collect();
+    let plain = PushedImage::push(&lab, "ours/odd", "plain", &layers);
     let maker = maker(&work);
     for (tag, chunk_size) in [("usual", "4194304"), ("small", "65536")] {
         let target = format!("{}/ours/odd:{tag}", lab.host());
-        let converted = Command::new("timeout")
-            .args(["-k", "5", "120"])
-            .arg(binary("snapctl"))
-            .args(["image", "convert", "--chunk-size", chunk_size])
-            .args([&plain.reference, &target])
-            .output()
-            .expect("snapctl starts");
-        let error = String::from_utf8_lossy(&converted.stderr);
-        assert!(converted.status.success(), "snapctl: {error}");
+        convert(&["--chunk-size", chunk_size, &plain.reference, &target]);
         // Unpacked by containerd 1.6, DiffIDs checked.
         maker.ctr(["images", "pull", "--plain-http", &target]);
         let (manifest, config) = stored(&lab, "ours/odd", tag);

@@ -1,15 +1,9 @@
 //! What these tests share beside the fixture of the lazy suite.
 
-use std::path::Path;
-
-use formats::{digest::Digest, oci::Manifest};
+use formats::digest::Digest;
 use lab::Totals;
 use serde_json::Value;
-use suite::{
-    isolate, machine,
-    pushed::{PushedImage, PushedLayer},
-    skip,
-};
+use suite::{isolate, machine, pushed::PushedImage, skip};
 
 use crate::fixture::Fixture;
 
@@ -79,32 +73,5 @@ pub(crate) fn sizes(image: &PushedImage) -> Vec<(Digest, u64)> {
         .layers
         .iter()
         .map(|layer| (layer.digest(), layer.descriptor.size))
-        .collect()
-}
-
-/// A layer of an OCI layout as it stands, whoever made it.
-pub(crate) fn layout_layers(layout: &Path, manifest: &Manifest) -> Vec<PushedLayer> {
-    let read = |digest: &Digest| {
-        let path = layout.join(formats::oci::blob_path(digest));
-        std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
-    };
-    manifest
-        .layers
-        .iter()
-        .map(|descriptor| {
-            let blob = read(&descriptor.digest);
-            let mut tar = Vec::new();
-            let mut inflater = formats::gzip::Inflater::new(1 << 32);
-            inflater
-                .push(&blob, &mut |bytes| tar.extend_from_slice(bytes))
-                .expect("a gzip layer");
-            inflater.finish().expect("a whole gzip layer");
-            PushedLayer {
-                diff_id: Digest::of(&tar),
-                tar,
-                blob,
-                descriptor: descriptor.clone(),
-            }
-        })
         .collect()
 }
