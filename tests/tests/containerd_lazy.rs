@@ -99,13 +99,17 @@ fn trees_equal_an_ordinary_pull_on_1_6() {
     equal(Line::V1_6);
 }
 
+fn sample(node: &Node) -> Vec<PushedLayer> {
+    let layers = pushed::sample(&node.work.sub("sample"));
+    PushedLayer::all_estargz(&layers, &WriterOptions::default())
+}
+
 fn runs(line: Line) {
     if !ready(line) {
         return;
     }
     let node = Node::start(line, CONFIG);
-    let layers = pushed::sample(&node.work.sub("sample"));
-    let layers = PushedLayer::all_estargz(&layers, &WriterOptions::default());
+    let layers = sample(&node);
     let image = PushedImage::push_running(&node.lab, "shell", "lazy", &layers, &SAMPLE_COMMAND);
     let before = node.lab.log().mark();
     node.containerd.pull_lazily(&image.reference, PLUGIN);
@@ -141,8 +145,7 @@ fn kubernetes(line: Line) {
         return;
     }
     let node = Node::start(line, CONFIG);
-    let layers = pushed::sample(&node.work.sub("sample"));
-    let layers = PushedLayer::all_estargz(&layers, &WriterOptions::default());
+    let layers = sample(&node);
     let image = PushedImage::push_running(&node.lab, "shell", "cri", &layers, &SAMPLE_COMMAND);
     // The pause container: anything that sleeps.
     let sleep = ["/usr/bin/sleep", "1000"];

@@ -2,7 +2,7 @@
 //! sockets and directories, running a test in a process of its own under a hard timeout, and
 //! comparing trees.
 //!
-//! A test that lacks something on this machine calls [`skip`] and returns; `./run test` counts it.
+//! A test that lacks something on this machine calls [`skip()`] and returns; `./run test` counts it.
 
 pub mod containerd;
 pub mod cri;

@@ -17,7 +17,7 @@ use suite::{
 
 use crate::{
     fixture::{CONFIG, Fixture, runtime},
-    world::{ready, verdicts, why_not, within_egress_bound},
+    world::{ready, verdicts, within_egress_bound},
 };
 
 /// Part of the reason why a layer is not lazy; `None` for lazy ones.
@@ -66,7 +66,7 @@ fn other_tools_layers_are_lazy_or_say_why_not() {
                     }
                     Some(part) => {
                         assert_eq!(came[index], Came::Unpacked, "{tag} layer {index}");
-                        let why = why_not(&fixture, &image, index);
+                        let why = fixture.why_not(&image, index);
                         eprintln!("{tag} layer {index}: {why}");
                         assert!(why.contains(part), "{tag} layer {index}: {why}");
                         assert!(why.contains(&digest.to_string()), "{tag}: {why}");

@@ -19,25 +19,6 @@ pub(crate) fn ready() -> bool {
     isolate::enter(400)
 }
 
-/// The reason shown for layer `index` of `image`, which got an ordinary unpack.
-pub(crate) fn why_not(fixture: &Fixture, image: &PushedImage, index: usize) -> String {
-    let (_, layers) = fixture.admin("GET", "/v1/layers");
-    let chain = image.chains[index].to_string();
-    let found = layers["not_lazy"]
-        .as_array()
-        .expect("a list")
-        .iter()
-        .find(|entry| {
-            entry["snapshot"]
-                .as_str()
-                .is_some_and(|key| key.ends_with(&chain))
-        })
-        .and_then(|entry| entry["why_not"].as_str());
-    found
-        .unwrap_or_else(|| panic!("no reason for layer {index} in {layers}"))
-        .to_owned()
-}
-
 /// Hydrates everything the daemon holds, waits for it, and returns the verdicts.
 pub(crate) fn verdicts(fixture: &Fixture) -> Vec<Value> {
     let (status, answer) = fixture.admin("POST", "/v1/hydrate");

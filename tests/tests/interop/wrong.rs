@@ -16,7 +16,7 @@ use suite::{
 
 use crate::{
     fixture::{CONFIG, Fixture, runtime},
-    world::{ready, why_not},
+    world::ready,
 };
 
 const SIZE: usize = 1 << 20;
@@ -40,7 +40,7 @@ async fn refused(fixture: &Fixture, image: &PushedImage, what: &str) -> String {
     assert_eq!(came, [Came::Unpacked], "{what}: {}", image.reference);
     let (_, container) = fixture.container(&host, &parent, "c").await;
     fixture.same_tree(image, container.path(), &[]);
-    let why = why_not(fixture, image, 0);
+    let why = fixture.why_not(image, 0);
     eprintln!("{what}: {why}");
     // Where the time was up, nobody knows which layer would have been the last.
     let named = [
@@ -238,7 +238,7 @@ fn a_registry_that_ignores_ranges_still_gives_right_bytes() {
         let (_, container) = fixture.container(&host, &parent, "c").await;
         fixture.same_tree(&image, container.path(), &[]);
         if came != [Came::Lazily] {
-            let why = why_not(&fixture, &image, 0);
+            let why = fixture.why_not(&image, 0);
             assert!(why.contains("range"), "{why}");
         }
         let state = fixture.lab.rules().state(rule).expect("the rule");

@@ -133,6 +133,25 @@ impl Fixture {
             .unwrap_or_else(|| panic!("no layer {digest} in {layers}"))
     }
 
+    /// The reason shown for layer `index` of `image`, which got an ordinary unpack.
+    pub(crate) fn why_not(&self, image: &PushedImage, index: usize) -> String {
+        let (_, layers) = self.admin("GET", "/v1/layers");
+        let chain = image.chains[index].to_string();
+        let found = layers["not_lazy"]
+            .as_array()
+            .expect("a list")
+            .iter()
+            .find(|entry| {
+                entry["snapshot"]
+                    .as_str()
+                    .is_some_and(|key| key.ends_with(&chain))
+            })
+            .and_then(|entry| entry["why_not"].as_str());
+        found
+            .unwrap_or_else(|| panic!("no reason for layer {index} in {layers}"))
+            .to_owned()
+    }
+
     /// Waits until the daemon has recovered, and says what went wrong in it.
     pub(crate) fn recovered(&self) -> Value {
         let mut status = Value::Null;

@@ -27,26 +27,13 @@ async fn reason(
     let (_, container) = fixture.container(&host, &parent, "c").await;
     fixture.same_tree(image, container.path(), &[]);
     drop(container);
-    let (_, layers) = fixture.admin("GET", "/v1/layers");
-    let shown = layers["not_lazy"]
-        .as_array()
-        .expect("a list")
-        .iter()
-        .find(|entry| {
-            entry["snapshot"]
-                .as_str()
-                .is_some_and(|key| key.ends_with(&image.chains[0].to_string()))
-        })
-        .and_then(|entry| entry["why_not"].as_str())
-        .unwrap_or_else(|| panic!("no reason for {} in {layers}", image.reference))
-        .to_owned();
     assert!(
         fixture
             .daemon
             .log()
             .contains("remote-snapshot-prepared=\"false\"")
     );
-    shown
+    fixture.why_not(image, 0)
 }
 
 fn one_file(content: &str) -> Vec<u8> {
