@@ -125,7 +125,7 @@ async fn presenter(places: &Places) -> Vec<Check> {
         )];
     };
     let mut problems = Vec::new();
-    for (what, finding) in probe {
+    for (what, finding) in probe.iter().filter(|(what, _)| what.as_str() != DIRECT_IO) {
         if finding.as_str() != Some("works") {
             let finding = finding
                 .as_str()
@@ -133,16 +133,37 @@ async fn presenter(places: &Places) -> Vec<Check> {
             problems.push(format!("{what}: {finding}"));
         }
     }
-    if problems.is_empty() {
-        vec![Check::good(
+    let stacking = if problems.is_empty() {
+        Check::good(
             NAME,
             "EROFS on FUSE under two overlays works; signalled and killed readers behave",
-        )]
+        )
     } else {
-        vec![Check::bad(
+        Check::bad(
             NAME,
             problems.join("; "),
             "layers are unpacked by containerd until this works: use a kernel from 6.12 on",
-        )]
+        )
+    };
+    vec![stacking, direct_reads(probe.get(DIRECT_IO))]
+}
+
+/// What `/v1/status` calls the finding about direct I/O.
+const DIRECT_IO: &str = "direct_io";
+
+fn direct_reads(finding: Option<&serde_json::Value>) -> Check {
+    const NAME: &str = "direct reads";
+    match finding.and_then(serde_json::Value::as_str) {
+        Some("works") => Check::good(
+            NAME,
+            "complete layers are read past the page cache of their files",
+        ),
+        Some(finding) => Check::warning(
+            NAME,
+            finding,
+            "nothing has to be done: complete layers are read through the page cache, which may \
+             hold them twice",
+        ),
+        None => Check::unknown(NAME, "the daemon has not tried"),
     }
 }

@@ -137,7 +137,7 @@ impl<'a> Prover<'a> {
 
     /// Says that the stream is over, and judges.
     pub fn finish(mut self) -> Verdict {
-        let actual = Digest::finish(self.hasher);
+        let actual = Digest::finish(self.hasher.clone());
         if actual != self.diff_id {
             self.mismatches.push(
                 &TreePath::default(),
@@ -147,6 +147,16 @@ impl<'a> Prover<'a> {
             );
             return Verdict::Refuted(self.mismatches.into_vec());
         }
+        self.content()
+    }
+
+    /// As [`Self::finish`], whatever DiffID was claimed: the one that the tar has, and whether it
+    /// makes the served tree.
+    pub fn judge(self) -> (Digest, Verdict) {
+        (Digest::finish(self.hasher.clone()), self.content())
+    }
+
+    fn content(mut self) -> Verdict {
         if let Some(reason) = self.unprovable {
             return Verdict::Unprovable(reason);
         }

@@ -47,6 +47,9 @@ pub struct ProbeOptions {
     pub dir: PathBuf,
     /// Starts mount helpers.
     pub helper: Helper,
+    /// A directory on the file system of the cache, made and removed by the probe, to try
+    /// direct I/O on plain files in. `None`: that is not tried.
+    pub plain_dir: Option<PathBuf>,
     /// Where reads that wait are continued.
     pub runtime: tokio::runtime::Handle,
     /// Bound for each step.
@@ -94,6 +97,8 @@ pub struct ProbeReport {
     pub signalled_reader: Finding,
     /// A reader of a stalled range dies when killed.
     pub killed_reader: Finding,
+    /// EROFS reads a plain file past its page cache and gives the right bytes.
+    pub direct_io: Finding,
 }
 
 impl ProbeReport {
@@ -105,6 +110,18 @@ impl ProbeReport {
             && self.killed_reader.works()
     }
 
+    /// All findings by name.
+    pub fn findings(&self) -> [(&'static str, &Finding); 6] {
+        [
+            ("fuse", &self.fuse),
+            ("erofs_on_fuse", &self.erofs_on_fuse),
+            ("two_overlays", &self.two_overlays),
+            ("signalled_reader", &self.signalled_reader),
+            ("killed_reader", &self.killed_reader),
+            ("direct_io", &self.direct_io),
+        ]
+    }
+
     fn untried(why: &str) -> Self {
         let untried = Finding::Untried(why.to_owned());
         Self {
@@ -113,6 +130,7 @@ impl ProbeReport {
             two_overlays: untried.clone(),
             signalled_reader: untried.clone(),
             killed_reader: untried,
+            direct_io: Finding::Untried("not asked for".to_owned()),
         }
     }
 }
@@ -150,6 +168,10 @@ pub async fn run(options: &ProbeOptions, image: ProbeImage) -> ProbeReport {
             probe.clean_up(local).await;
         }
         Err(e) => report.fuse = Finding::Fails(chain(&e)),
+    }
+    if let Some(dir) = &options.plain_dir {
+        report.direct_io = probe.direct_io(dir).await;
+        let _ = fs::remove_dir_all(dir);
     }
     // Fails only where a mount could not be taken away; that was told.
     let _ = fs::remove_dir_all(&options.dir);
@@ -201,6 +223,34 @@ impl Probe<'_> {
             return Finding::Fails(chain(&e));
         }
         self.reads_ready(place).await
+    }
+
+    async fn direct_io(&self, dir: &Path) -> Finding {
+        let image = &self.source.image;
+        let (metadata, device) = (dir.join("image"), dir.join("device"));
+        let written = fs::create_dir_all(dir)
+            .and_then(|()| fs::write(&metadata, &image.metadata))
+            .and_then(|()| fs::write(&device, &image.device));
+        if let Err(e) = written {
+            return Finding::Untried(format!("prepare {}: {e}", dir.display()));
+        }
+        let mount = ErofsMount {
+            metadata,
+            devices: vec![device],
+            target: self.place("d"),
+            direct_io: true,
+        };
+        let helper = &self.options.helper;
+        if let Err(e) = helper.mount_erofs(&mount, self.options.step).await {
+            return Finding::Fails(chain(&e));
+        }
+        let held_back = self.place("d").join(&image.stalled);
+        let mut finding = self.reads_ready("d").await;
+        if finding.works() {
+            finding = self.reads(&held_back, &image.stalled_range, 0, None).await;
+        }
+        self.take_away("d").await;
+        finding
     }
 
     async fn two_overlays(&self) -> Finding {
@@ -289,22 +339,26 @@ impl Probe<'_> {
 
     async fn clean_up(&self, local: Local) {
         for place in ["o2", "o1", "e2", "e1", "b"] {
-            let place = self.place(place);
-            let mounts = crate::mounts::mountinfo().unwrap_or_default();
-            if !mounts.iter().any(|m| m.target == place) {
-                continue;
-            }
-            let helper = &self.options.helper;
-            if let Err(e) = helper.umount(&place, true, self.options.step).await {
-                tracing::warn!(error = &e as &dyn std::error::Error, "clean the probe up");
-            }
+            self.take_away(place).await;
         }
         local.end();
+    }
+
+    async fn take_away(&self, place: &str) {
+        let place = self.place(place);
+        let mounts = crate::mounts::mountinfo().unwrap_or_default();
+        if !mounts.iter().any(|m| m.target == place) {
+            return;
+        }
+        let helper = &self.options.helper;
+        if let Err(e) = helper.umount(&place, true, self.options.step).await {
+            tracing::warn!(error = &e as &dyn std::error::Error, "clean the probe up");
+        }
     }
 }
 
 fn prepare(dir: &Path, image: &ProbeImage) -> io::Result<()> {
-    for place in ["b", "e1", "e2", "o1", "o2", "empty"] {
+    for place in ["b", "d", "e1", "e2", "o1", "o2", "empty"] {
         fs::create_dir_all(dir.join(place))?;
     }
     fs::write(dir.join("image"), &image.metadata)

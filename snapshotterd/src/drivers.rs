@@ -116,6 +116,12 @@ pub trait Driver: Send + Sync + fmt::Debug + 'static {
     /// containerd takes the first snapshot that carries the chain ID it asked for.
     fn order(&self, _namespace: Option<&str>, _infos: &mut [Info]) {}
 
+    /// What was found out about this machine after the start, for the status: name to `works` or
+    /// what does not.
+    fn findings(&self) -> Option<BTreeMap<String, String>> {
+        None
+    }
+
     /// Takes down all mounts that this or an earlier daemon of this root and state has made
     /// (`--unmount`). Called instead of [`Driver::recover`] and [`Driver::stop`]; what it leaves is
     /// swept by mount table afterwards.

@@ -25,10 +25,10 @@ pub mod table;
 pub mod variants;
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     fmt, io,
     path::PathBuf,
-    sync::{Arc, atomic::AtomicBool},
+    sync::{Arc, OnceLock, atomic::AtomicBool},
     time::{Duration, Instant},
 };
 
@@ -44,7 +44,9 @@ use self::{
     implied::Lookup,
     mounts::Mounts,
     parts::{LayerParts, Serving},
-    record::{Identity, LayerNumber, LayerRecord, LazySnapshot, MountKey, MountNumber, Verdict},
+    record::{
+        Identity, LayerNumber, LayerRecord, LazySnapshot, MountKey, MountNumber, Origin, Verdict,
+    },
     table::LayerTable,
     variants::LazyLookup,
 };
@@ -78,8 +80,6 @@ pub struct LayersOptions {
     pub helper: Helper,
     /// How BlobFs is started.
     pub blobfs: BlobFsOptions,
-    /// Mount complete layers past the page cache of their data file.
-    pub direct_io: bool,
     /// Where metrics are registered.
     pub metrics: Metrics,
 }
@@ -88,7 +88,6 @@ impl fmt::Debug for LayersOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("LayersOptions")
             .field("opener", &self.opener)
-            .field("direct_io", &self.direct_io)
             .finish_non_exhaustive()
     }
 }
@@ -105,7 +104,12 @@ pub struct Layers {
     helper: Helper,
     serving: watch::Sender<Serving>,
     presents: watch::Sender<Option<Result<(), String>>>,
+    /// Complete layers are mounted past the page cache of their files.
+    direct_io: Arc<AtomicBool>,
+    kernel: OnceLock<kernel::Findings>,
     obtaining: Mutex<HashMap<Identity, Obtaining>>,
+    /// What is being done for those.
+    steps: Mutex<HashMap<Identity, &'static str>>,
     pins: Mutex<HashMap<LayerNumber, Instant>>,
     unreferenced: Mutex<HashMap<LayerNumber, Instant>>,
     watched: Mutex<HashSet<LayerNumber>>,
@@ -132,10 +136,12 @@ impl Layers {
         let parsed = Arc::clone(&options.opener.parsed);
         std::fs::create_dir_all(&options.opener.layers)?;
         let serving = watch::Sender::new(None);
+        // Not before the kernel was probed.
+        let direct_io = Arc::new(AtomicBool::new(false));
         let parts = LayerParts::new(
             options.opener.clone(),
             serving.subscribe(),
-            options.direct_io,
+            Arc::clone(&direct_io),
         );
         let mounts = Mounts::open(
             options.config.lowers.clone(),
@@ -155,7 +161,10 @@ impl Layers {
             helper: options.helper,
             serving,
             presents: watch::Sender::new(None),
+            direct_io,
+            kernel: OnceLock::new(),
             obtaining: Mutex::default(),
+            steps: Mutex::default(),
             pins: Mutex::default(),
             unreferenced: Mutex::default(),
             watched: Mutex::default(),
@@ -180,26 +189,37 @@ impl Layers {
         self.table.layer(number)
     }
 
-    /// Refuses a layer whose content is known not to be what an image claims it is.
+    /// Refuses a layer whose content is known not to be what an image claims it is. `claim` is the
+    /// image's, if it is known; without one, an image that lied about the layer is enough.
     pub fn trusted(&self, record: &LayerRecord, claim: Option<Digest>) -> Result<(), Untrusted> {
-        let image = || {
-            record
-                .origins
-                .first()
-                .map_or_else(|| "an unknown image".to_owned(), |o| o.image.clone())
+        let refused = |origin: Option<&Origin>, why: String| {
+            Err(Untrusted {
+                layer: record.identity.layer,
+                image: origin.map_or_else(|| "an unknown image".to_owned(), |o| o.image.clone()),
+                why,
+            })
         };
-        let why = match (&record.verdict, claim, record.diff_id) {
-            (Verdict::Refuted(why), ..) => why.clone(),
-            (Verdict::Proven, Some(claim), Some(proven)) if claim != proven => {
-                format!("the image claims DiffID {claim}, the content has {proven}")
-            }
-            _ => return Ok(()),
+        if let Verdict::Refuted(why) = &record.verdict {
+            return refused(record.origins.first(), why.clone());
+        }
+        let Some(actual) = record.content_diff_id else {
+            return Ok(());
         };
-        Err(Untrusted {
-            layer: record.identity.layer,
-            image: image(),
-            why,
-        })
+        let liar = record
+            .false_claims()
+            .find(|origin| claim.is_none() || origin.diff_id == claim);
+        let claim = match (claim, liar) {
+            (Some(claim), _) => claim,
+            (None, Some(liar)) => liar.diff_id.unwrap_or(actual),
+            (None, None) => actual,
+        };
+        if claim == actual {
+            return Ok(());
+        }
+        refused(
+            liar,
+            format!("the image claims DiffID {claim}, the content has {actual}"),
+        )
     }
 
     /// The variant of a layer on top of `below`, with its image written.
@@ -269,6 +289,11 @@ impl Layers {
             Some(Err(why)) => Err(NotLazy::Off(why.clone())),
             _ => Ok(()),
         }
+    }
+
+    /// What the kernel was found to be able to do, by name; `None` before it was probed.
+    pub fn kernel(&self) -> Option<&BTreeMap<String, String>> {
+        self.kernel.get().map(|found| &found.findings)
     }
 
     /// Counts a layer that was not answered lazily.

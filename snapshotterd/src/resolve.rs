@@ -101,7 +101,7 @@ impl Resolver {
         let outcome = self.layer(&image, announced);
         let answer = tokio::time::timeout_at(image.deadline, outcome)
             .await
-            .unwrap_or(Err(NotLazy::Deadline { limit: self.limit }));
+            .unwrap_or_else(|_| Err(self.too_late(&image, announced)));
         let mut state = image.state.lock();
         state.last_used = Instant::now();
         state.failed |= answer.is_err();
@@ -117,6 +117,36 @@ impl Resolver {
         // containerd 2.3 and later say it themselves.
         resolved.diff_id = announced.diff_id.or(resolved.diff_id);
         Ok(resolved)
+    }
+
+    /// Says where a layer was when its time was up.
+    fn too_late(&self, image: &Image, announced: &Announced) -> NotLazy {
+        let by_manifest = image.key.manifest;
+        let planned = match image.plan.peek() {
+            Some(Ok(plan)) => plan.layer(announced.layer),
+            _ => None,
+        };
+        let label = announced.toc.filter(|_| by_manifest.is_none());
+        let index = label.or_else(|| planned?.bound_index().ok());
+        let (step, asked) = if image.plan.peek().is_none() {
+            ("reading the image's manifest and config", by_manifest)
+        } else {
+            let identity = index.map(|index| Identity {
+                layer: announced.layer,
+                format: Format::Estargz,
+                index,
+            });
+            let step = identity.and_then(|identity| self.layers.step_of(&identity));
+            (step.unwrap_or("recording it"), Some(announced.layer))
+        };
+        let remote = &self.documents.remote;
+        NotLazy::Deadline {
+            image: image.key.image.clone(),
+            layer: announced.layer,
+            limit: self.limit,
+            step,
+            trouble: asked.and_then(|digest| remote.trouble(&image.key.image, digest)),
+        }
     }
 
     /// The resolution `announced` belongs to. A layer that is asked for again after a failure
@@ -233,6 +263,7 @@ impl Resolver {
                     image: key.image,
                     namespace: key.namespace,
                     manifest: Some(plan.manifest).filter(|_| diff_id.is_some() || by_manifest),
+                    diff_id,
                 },
                 diff_id,
             };

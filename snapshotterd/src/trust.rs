@@ -2,21 +2,23 @@
 //!
 //! containerd derives chain IDs from the DiffIDs of an image's config, and a lazy answer commits
 //! content under a chain ID that nobody has checked. [`TocProver`] checks it while the layer
-//! hydrates: the decoded tar must hash to the DiffID and its tree must be the served tree. The
-//! comparison itself is [`StargzProof`]'s; this module gives it the index and the claim.
+//! hydrates: its tar must make the served tree, and the DiffID that the tar has is recorded. What
+//! an image claims is compared with that (`Layers::trusted`), so that a false claim costs the image
+//! that makes it, not the others that name the same layer. The comparison of trees is
+//! [`StargzProof`]'s; this module gives it the index.
 
 use std::{io, sync::Arc};
 
 use formats::digest::Digest;
 use storage::{
-    hydrate::{ChunkSink, Prove, StargzProof, Verdict},
+    hydrate::{ChunkSink, Judged, Prove, StargzProof, Verdict},
     ranges::report,
 };
 
 use crate::{
     layers::{
         blobs::Opener,
-        record::{LayerNumber, LayerRecord},
+        record::{LayerNumber, LayerRecord, Origin},
     },
     resolve::plan::{Documents, Unknown},
 };
@@ -47,7 +49,7 @@ impl TocProver {
         }
     }
 
-    /// The DiffID to prove. Pulls that name no manifest leave it open at first.
+    /// A DiffID that is claimed. Pulls that name no manifest leave it open at first.
     fn claim(&self, record: &LayerRecord) -> io::Result<Result<Digest, String>> {
         if let Some(claim) = record.diff_id {
             return Ok(Ok(claim));
@@ -58,7 +60,10 @@ impl TocProver {
                 .runtime
                 .block_on(self.documents.find_diff_id(origin, &record.identity));
             match found {
-                Ok(found) => return Ok(Ok(found)),
+                Ok(found) => {
+                    self.keep_claim(origin, found)?;
+                    return Ok(Ok(found));
+                }
                 Err(Unknown::Never(reason)) => reasons.push(reason),
                 Err(Unknown::Now(reason)) => return Err(io::Error::other(reason)),
             }
@@ -71,11 +76,7 @@ impl TocProver {
 }
 
 impl Prove for TocProver {
-    fn prove(
-        &self,
-        compressed: &mut dyn io::Read,
-        sink: &mut ChunkSink<'_>,
-    ) -> io::Result<Verdict> {
+    fn prove(&self, compressed: &mut dyn io::Read, sink: &mut ChunkSink<'_>) -> io::Result<Judged> {
         let record = self
             .opener
             .table
@@ -83,7 +84,7 @@ impl Prove for TocProver {
             .ok_or_else(|| io::Error::other("the layer was removed"))?;
         let claim = match self.claim(&record)? {
             Ok(claim) => claim,
-            Err(reason) => return Ok(Verdict::Unprovable { reason }),
+            Err(reason) => return Ok(Verdict::Unprovable { reason }.into()),
         };
         let limits = self.opener.limits;
         let layer = self
@@ -95,25 +96,31 @@ impl Prove for TocProver {
             diff_id: claim,
             limits,
         };
-        let verdict = proof.prove(compressed, sink)?;
-        if verdict == Verdict::Proven {
-            self.keep_claim(claim)?;
-        }
-        Ok(verdict)
+        proof.judge(compressed, sink)
     }
 }
 
 impl TocProver {
-    /// What was proven is what later claims are compared with.
-    fn keep_claim(&self, proven: Digest) -> io::Result<()> {
-        let update =
-            self.opener
-                .table
-                .update(self.number, crate::store::Durability::Soon, move |record| {
-                    let news = record.diff_id != Some(proven);
-                    record.diff_id = Some(proven);
-                    news
-                });
+    fn keep_claim(&self, origin: &Origin, claim: Digest) -> io::Result<()> {
+        let claimed = Origin {
+            diff_id: Some(claim),
+            ..origin.clone()
+        };
+        self.update(move |record| {
+            record.diff_id = record.diff_id.or(Some(claim));
+            record.claim(&claimed);
+            true
+        })
+    }
+
+    fn update(
+        &self,
+        change: impl FnMut(&mut LayerRecord) -> bool + Send + 'static,
+    ) -> io::Result<()> {
+        let update = self
+            .opener
+            .table
+            .update(self.number, crate::store::Durability::Soon, change);
         self.runtime
             .block_on(update)
             .map(drop)

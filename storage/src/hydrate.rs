@@ -48,8 +48,25 @@ pub trait Prove: Send + Sync + 'static {
     /// Reads `compressed` from the layer's first byte to its end and judges it. `sink` is given
     /// each chunk once it matched its digest. An error is a local one: a stream that does not
     /// decode is a verdict.
-    fn prove(&self, compressed: &mut dyn io::Read, sink: &mut ChunkSink<'_>)
-    -> io::Result<Verdict>;
+    fn prove(&self, compressed: &mut dyn io::Read, sink: &mut ChunkSink<'_>) -> io::Result<Judged>;
+}
+
+/// What a pass found out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Judged {
+    /// The DiffID that the layer's tar has, if it was taken.
+    pub diff_id: Option<Digest>,
+    /// The verdict.
+    pub verdict: Verdict,
+}
+
+impl From<Verdict> for Judged {
+    fn from(verdict: Verdict) -> Self {
+        Self {
+            diff_id: None,
+            verdict,
+        }
+    }
 }
 
 /// Whether the served tree is what the image's DiffID stands for.

@@ -21,7 +21,7 @@ use http::HeaderValue;
 
 use self::{
     auth::Authorizer, body::Accounts, endpoint::Endpoints, routes::Routes, stats::Counters,
-    transport::Transport,
+    transport::Transport, troubles::Troubles,
 };
 pub use self::{
     backoff::RetryPolicy,
@@ -68,6 +68,7 @@ mod stats;
 mod tls;
 mod token;
 mod transport;
+mod troubles;
 
 /// How a [`RegistryClient`] behaves.
 #[derive(Clone)]
@@ -139,6 +140,7 @@ struct Inner {
     authorizer: Authorizer,
     routes: Routes,
     counters: Arc<Counters>,
+    troubles: Arc<Troubles>,
     policy: RetryPolicy,
 }
 
@@ -159,6 +161,7 @@ impl RegistryClient {
             authorizer: Authorizer::new(options.credentials),
             routes: Routes::default(),
             counters: Arc::default(),
+            troubles: Arc::default(),
             policy: options.retry,
         };
         Self {
@@ -181,6 +184,12 @@ impl RegistryClient {
         cause: Cause,
     ) -> Result<RangeBody, FetchError> {
         self.blob(repository, digest, len).fetch(range, cause).await
+    }
+
+    /// What failed last, and is being tried again, with a blob or manifest (`name`: its digest or
+    /// tag) of a repository, if anything did in the last minute.
+    pub fn trouble(&self, repository: &Repository, name: &str) -> Option<String> {
+        self.inner.troubles.of(&repository.to_string(), name)
     }
 
     /// What has been done so far.

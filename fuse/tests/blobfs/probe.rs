@@ -33,6 +33,7 @@ fn probe(world: &World, image: ProbeImage) -> ProbeReport {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let options = ProbeOptions {
         dir: world.path("probe"),
+        plain_dir: Some(world.path("plain")),
         helper: Helper::new(CommandLine::new(FIXTURE, ["mount-helper"])),
         runtime: runtime.handle().clone(),
         step: Duration::from_secs(20),
@@ -40,6 +41,7 @@ fn probe(world: &World, image: ProbeImage) -> ProbeReport {
     let report = runtime.block_on(probe::run(&options, image));
     assert!(world.mounts().is_empty(), "{:?}", world.mounts());
     assert!(!options.dir.exists());
+    assert!(!world.path("plain").exists());
     report
 }
 
@@ -57,6 +59,9 @@ fn what_works_is_found_to_work() {
     assert_eq!(report.signalled_reader, Finding::Works);
     assert_eq!(report.killed_reader, Finding::Works);
     eprintln!("two overlays: {}", report.two_overlays);
+    // A file system without direct I/O, or a kernel without the option, is no failure of the probe.
+    eprintln!("direct I/O: {}", report.direct_io);
+    assert!(!matches!(report.direct_io, Finding::Untried(_)));
     assert!(report.lazy_works());
 }
 
@@ -70,6 +75,10 @@ fn what_does_not_work_is_said_with_its_reason() {
     let report = probe(&world, broken);
     assert_eq!(report.fuse, Finding::Works);
     let Finding::Fails(why) = &report.erofs_on_fuse else {
+        panic!("{report:?}");
+    };
+    assert!(why.contains("mount_erofs"), "{why}");
+    let Finding::Fails(why) = &report.direct_io else {
         panic!("{report:?}");
     };
     assert!(why.contains("mount_erofs"), "{why}");

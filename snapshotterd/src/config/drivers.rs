@@ -48,8 +48,6 @@ pub struct Lazy {
     pub hydration: Hydration,
     /// When a lazy layer may be used under a name that only its image vouches for.
     pub trust: TrustPolicy,
-    /// Serve layers whose chunks carry no digests. Wrong bytes then reach containers unnoticed.
-    pub allow_unverified: bool,
     /// An idle layer mount is unmounted after this time.
     pub unmount_after: HumanDuration,
     /// Largest start list of one layer that is prefetched.
@@ -119,7 +117,6 @@ impl Default for Lazy {
             resolve_timeout: HumanDuration(Duration::from_secs(8)),
             hydration: Hydration::Full,
             trust: TrustPolicy::Claimed,
-            allow_unverified: false,
             unmount_after: HumanDuration(Duration::from_secs(600)),
             prefetch_limit: ByteSize(256 << 20),
         }

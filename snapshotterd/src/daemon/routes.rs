@@ -53,6 +53,7 @@ pub(super) fn register(
             "default_driver": config.default_driver,
             "snapshotters": snapshotters,
             "recovery": recovery,
+            "probe": drivers.iter().find_map(|driver| driver.findings()),
         });
         async move { Answer::json(&status) }
     });

@@ -11,6 +11,7 @@ mod routes;
 mod start;
 
 use std::{
+    collections::BTreeMap,
     fmt,
     sync::Arc,
     time::{Duration, Instant},
@@ -99,7 +100,9 @@ impl Lazy {
             .map_err(|why| {
                 DriverError::FailedPrecondition(format!("{}: {why}", announced.image))
             })?;
-        if self.only_proven && resolved.record.verdict != Verdict::Proven {
+        // A claim that is not known cannot have been compared.
+        let proven = resolved.record.verdict == Verdict::Proven && resolved.diff_id.is_some();
+        if self.only_proven && !proven {
             return Err(NotLazy::Off(format!(
                 "lazy.trust = \"proven\" and layer {} is {} so far",
                 announced.layer,
@@ -421,6 +424,10 @@ impl Driver for Lazy {
 
     fn order(&self, namespace: Option<&str>, infos: &mut [Info]) {
         self.answers.order(namespace, infos);
+    }
+
+    fn findings(&self) -> Option<BTreeMap<String, String>> {
+        self.layers.kernel().cloned()
     }
 
     async fn unmount(&self) -> Result<(), DriverError> {

@@ -30,6 +30,10 @@ impl From<Hydration> for Mode {
     }
 }
 
+fn describe_digest(digest: Option<Digest>) -> String {
+    digest.map_or_else(String::new, |digest| digest.to_string())
+}
+
 impl Layers {
     /// Hydrates a layer as configured, once its start list has been asked for.
     pub(super) fn hydrate_later(self: &Arc<Self>, record: &LayerRecord, blob: &Arc<LayerBlob>) {
@@ -83,12 +87,14 @@ impl Layers {
             hydrate::Verdict::Refuted { reasons } => Verdict::Refuted(reasons.join("; ")),
             hydrate::Verdict::Unprovable { reason } => Verdict::Unprovable(reason.clone()),
         };
-        let complete = outcome.complete;
+        let (complete, actual) = (outcome.complete, outcome.diff_id);
         let record = self
             .table
             .update(number, Durability::Now, move |record| {
                 record.verdict = verdict.clone();
                 record.complete = complete;
+                // What claims are compared with from now on.
+                record.content_diff_id = actual;
                 true
             })
             .await?;
@@ -110,6 +116,16 @@ impl Layers {
             );
         } else {
             info!(image, %layer, verdict, complete, "hydrated");
+        }
+        for liar in record.false_claims() {
+            error!(
+                image = liar.image,
+                %layer,
+                claim = %describe_digest(liar.diff_id),
+                content = %describe_digest(record.content_diff_id),
+                "DiffID REFUTED: the image claims one that its layer does not have; new containers \
+                 of it are refused, other images with the layer are not concerned"
+            );
         }
         Ok(())
     }

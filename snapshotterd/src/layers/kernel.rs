@@ -1,6 +1,11 @@
 //! What this kernel can present, tried once per boot with a real tiny mount.
 
-use std::{fs, path::Path, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use formats::{
     erofs,
@@ -11,7 +16,10 @@ use fuse::{
     mounts::Helper,
     probe::{self, Finding, ProbeImage, ProbeOptions, ProbeReport},
 };
+use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
+
+use super::dir::write_whole;
 
 /// Bound for each step of the probe; generous, because a busy machine is no incapable one.
 const STEP: Duration = Duration::from_secs(10);
@@ -19,17 +27,49 @@ const DEVICE_LEN: u32 = 128 << 10;
 const READY: (u64, u64) = (0, 10_000);
 const STALLED: (u64, u64) = (64 << 10, 20_000);
 
-/// Whether layers can be presented lazily here; the reason if not. `state` remembers a good answer
-/// until the next boot.
-pub async fn presents_lazily(state: &Path, helper: &Helper) -> Result<(), String> {
-    let release = release();
-    let remembered = state.join("kernel-probed");
-    if fs::read_to_string(&remembered).is_ok_and(|text| text == release) {
-        return Ok(());
+/// What was found out, as it is shown and remembered.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Findings {
+    release: String,
+    /// Where the cache was: direct I/O depends on its file system.
+    root: PathBuf,
+    /// By name: `works`, or what does not.
+    pub findings: BTreeMap<String, String>,
+}
+
+impl Findings {
+    /// Whether EROFS may read complete layers past the page cache of their files.
+    pub fn direct_io(&self) -> bool {
+        let works = Finding::Works.to_string();
+        self.findings.get("direct_io") == Some(&works)
     }
-    let image = image().map_err(|error| format!("probe image: {error}"))?;
+}
+
+/// Whether layers can be presented lazily here, and the reason if not. `state` remembers a good
+/// answer until the next boot; the cache is below `root`.
+pub async fn examine(state: &Path, root: &Path, helper: &Helper) -> (Findings, Result<(), String>) {
+    let mut found = Findings {
+        release: release(),
+        root: root.to_owned(),
+        findings: BTreeMap::new(),
+    };
+    let remembered = state.join("kernel-probed");
+    let known = fs::read(&remembered)
+        .ok()
+        .and_then(|text| serde_json::from_slice::<Findings>(&text).ok());
+    if let Some(known) = known
+        && (&known.release, &known.root) == (&found.release, &found.root)
+    {
+        return (known, Ok(()));
+    }
+    let image = match image() {
+        Ok(image) => image,
+        Err(error) => return (found, Err(format!("probe image: {error}"))),
+    };
+    let unsound = unsound_direct_io(&found.release);
     let options = ProbeOptions {
         dir: state.join("probe"),
+        plain_dir: unsound.is_none().then(|| root.join("probe")),
         helper: helper.clone(),
         runtime: tokio::runtime::Handle::current(),
         step: STEP,
@@ -39,22 +79,25 @@ pub async fn presents_lazily(state: &Path, helper: &Helper) -> Result<(), String
         // Once more: what failed for want of time may work now.
         report = probe::run(&options, image).await;
     }
-    info!(
-        fuse = ?report.fuse,
-        erofs_on_fuse = ?report.erofs_on_fuse,
-        two_overlays = ?report.two_overlays,
-        signalled_reader = ?report.signalled_reader,
-        killed_reader = ?report.killed_reader,
-        release,
-        "kernel probed"
-    );
-    if !report.lazy_works() {
-        return Err(format!("Linux {release}: {}", failures(&report)));
+    if let Some(why) = unsound {
+        report.direct_io = Finding::Untried(why);
     }
-    if let Err(error) = fs::write(&remembered, release) {
+    let findings = report.findings().into_iter();
+    found.findings = findings
+        .map(|(name, finding)| (name.to_owned(), finding.to_string()))
+        .collect();
+    info!(findings = ?found.findings, release = found.release, "kernel probed");
+    if !report.lazy_works() {
+        let why = format!("Linux {}: {}", found.release, failures(&report));
+        return (found, Err(why));
+    }
+    let written = serde_json::to_vec(&found)
+        .map_err(io::Error::other)
+        .and_then(|text| write_whole(&remembered, &text));
+    if let Err(error) = written {
         warn!(%error, "the kernel is probed again at the next start");
     }
-    Ok(())
+    (found, Ok(()))
 }
 
 fn failures(report: &ProbeReport) -> String {
@@ -80,20 +123,24 @@ fn failures(report: &ProbeReport) -> String {
     failed.join("; ")
 }
 
-/// Whether EROFS may read plain files past their page cache. The path had a use-after-free until
-/// early 2026; of the kernels that were maintained then, these have the fix for certain.
-pub fn reads_directly() -> bool {
+/// Direct I/O that works can still be one that writes to freed memory, which no probe sees: that was
+/// so in all kernels that have it until early 2026. Those that have the fix for certain are tried,
+/// all others are not.
+fn unsound_direct_io(release: &str) -> Option<String> {
     const FIXED: [(u32, u32, u32); 3] = [(6, 12, 85), (6, 18, 20), (6, 19, 10)];
-    let release = release();
     let mut numbers = release
         .split(|c: char| !c.is_ascii_digit())
         .map(|number| number.parse::<u32>().unwrap_or(0));
     let mut next = || numbers.next().unwrap_or(0);
     let (major, minor, patch) = (next(), next(), next());
-    major >= 7
+    let sound = major >= 7
         || FIXED
             .iter()
-            .any(|fixed| (major, minor) == (fixed.0, fixed.1) && patch >= fixed.2)
+            .any(|fixed| (major, minor) == (fixed.0, fixed.1) && patch >= fixed.2);
+    (!sound).then(|| {
+        "this kernel may lack the fix of a use-after-free there (in 6.12.85, 6.18.20, 6.19.10, 7.0)"
+            .to_owned()
+    })
 }
 
 fn release() -> String {
@@ -153,6 +200,20 @@ fn image() -> Result<ProbeImage, erofs::WriteError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn direct_io_is_not_tried_where_it_may_be_unsound() {
+        for (release, sound) in [
+            ("6.12.84-amd64", false),
+            ("6.12.85+deb13-amd64", true),
+            ("6.17.99", false),
+            ("6.18.44-fc-v595", true),
+            ("7.0.0-rc1", true),
+            ("garbage", false),
+        ] {
+            assert_eq!(unsound_direct_io(release).is_none(), sound, "{release}");
+        }
+    }
 
     #[test]
     fn the_probe_image_holds_its_two_files() {

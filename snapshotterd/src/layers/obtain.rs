@@ -26,7 +26,10 @@ use super::{
     record::{Identity, ImpliedDirectory, LayerNumber, LayerRecord, Origin, Verdict},
     variants,
 };
-use crate::{resolve::reason::NotLazy, store::Durability};
+use crate::{
+    resolve::{reason::NotLazy, remote::RemoteError},
+    store::Durability,
+};
 
 /// A layer that an image wants.
 #[derive(Clone, Debug)]
@@ -84,9 +87,9 @@ impl Layers {
         record: Arc<LayerRecord>,
         wanted: &Wanted,
     ) -> Result<Arc<LayerRecord>, NotLazy> {
-        let nothing_new = record.origins.first() == Some(&wanted.origin)
-            && (wanted.diff_id.is_none() || record.diff_id.is_some());
-        if nothing_new {
+        let mut changed = LayerRecord::clone(&record);
+        let news = changed.remember(wanted.origin.clone());
+        if !news && (wanted.diff_id.is_none() || record.diff_id.is_some()) {
             return Ok(record);
         }
         let (origin, diff_id) = (wanted.origin.clone(), wanted.diff_id);
@@ -108,6 +111,7 @@ impl Layers {
         let task = tokio::spawn(async move {
             let result = this.obtain_new(&wanted).await;
             this.obtaining.lock().remove(&identity);
+            this.steps.lock().remove(&identity);
             result
         });
         async move {
@@ -154,13 +158,16 @@ impl Layers {
             .wire(record)
             .await
             .map_err(|error| NotLazy::local(&error))?;
+        self.step(record, "fetching its index");
         let toc = wire
             .fetch_index(&self.opener().limits)
             .await
-            .map_err(|error| from_index(record.identity.layer, &error))?;
+            .map_err(|error| from_index(record, &error))?;
         let limits = self.opener().limits;
         self.parsed.store(true, Ordering::Relaxed);
-        let made = blocking(move || make(&dir, identity, &toc, wire, &limits)).await?;
+        self.step(record, "reading its index");
+        let known = Arc::clone(record);
+        let made = blocking(move || make(&dir, &known, &toc, wire, &limits)).await?;
         let number = record.number;
         self.blobs.adopt(number, Arc::clone(&made.blob));
         let implied = made.implied;
@@ -193,6 +200,15 @@ impl Layers {
         Ok(ready)
     }
 
+    fn step(&self, record: &LayerRecord, step: &'static str) {
+        self.steps.lock().insert(record.identity, step);
+    }
+
+    /// What is being done for a layer that is coming.
+    pub fn step_of(&self, identity: &Identity) -> Option<&'static str> {
+        self.steps.lock().get(identity).copied()
+    }
+
     /// Undoes the reservation of a layer that did not become one.
     async fn discard(&self, number: LayerNumber) {
         if !self.blobs.close(number).await {
@@ -220,6 +236,7 @@ fn new_record(wanted: &Wanted) -> LayerRecord {
         empty: false,
         implied: Vec::new(),
         diff_id: wanted.diff_id,
+        content_diff_id: None,
         verdict: Verdict::Claimed,
         ready: false,
         complete: false,
@@ -242,21 +259,26 @@ struct Made {
 /// Checks, parses and keeps the index, writes the metadata image, opens the cache. Blocks.
 fn make(
     dir: &LayerDir,
-    identity: Identity,
+    record: &LayerRecord,
     toc: &RawToc,
     wire: Arc<Wire>,
     limits: &formats::limits::Limits,
 ) -> Result<Made, NotLazy> {
-    let layer = identity.layer;
+    let (image, layer) = (image_of(record), record.identity.layer);
     let actual = Digest::of(&toc.json);
-    if actual != identity.index {
+    if actual != record.identity.index {
         return Err(NotLazy::TocDigest {
+            image,
             layer,
-            expected: identity.index,
+            expected: record.identity.index,
             actual,
         });
     }
-    let unusable = |detail: String| NotLazy::Index { layer, detail };
+    let unusable = |detail: String| NotLazy::Index {
+        image: image.clone(),
+        layer,
+        detail,
+    };
     let parsed = parse_toc(&toc.json, toc.toc_offset, limits)
         .map_err(|error: TocError| unusable(report(&error)))?;
     index::save(dir, &toc.json, toc.toc_offset).map_err(|error| NotLazy::local(&error))?;
@@ -293,18 +315,35 @@ fn changes_nothing(tree: &LayerTree) -> bool {
         .is_some_and(|root| root.entries.is_empty() && !root.opaque)
 }
 
-fn from_index(layer: Digest, error: &IndexError) -> NotLazy {
-    match error {
-        IndexError::Fetch { source, .. } => NotLazy::Registry {
-            layer,
-            detail: report(error),
-            transient: source.is_transient(),
-        },
-        _ => NotLazy::Index {
-            layer,
-            detail: report(error),
-        },
+fn from_index(record: &LayerRecord, error: &IndexError) -> NotLazy {
+    let (image, layer) = (image_of(record), record.identity.layer);
+    let detail = match error {
+        IndexError::Fetch { source, .. } => {
+            let RemoteError { detail, transient } = RemoteError::of_fetch(source);
+            return NotLazy::Registry {
+                image,
+                layer,
+                detail,
+                transient,
+            };
+        }
+        // The layer is named already.
+        IndexError::Footer { source, .. } => format!("no eStargz footer: {}", report(source)),
+        IndexError::NotLazy { source, .. } => report(source),
+        IndexError::Toc { source, .. } => format!("the TOC cannot be read: {}", report(source)),
+        other => report(other),
+    };
+    NotLazy::Index {
+        image,
+        layer,
+        detail,
     }
+}
+
+/// The image that named the layer last.
+fn image_of(record: &LayerRecord) -> String {
+    let origin = record.origins.first();
+    origin.map_or_else(|| "(no image)".to_owned(), |origin| origin.image.clone())
 }
 
 async fn blocking<T: Send + 'static>(

@@ -1,6 +1,13 @@
 //! What layer mounts are made of.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use fuse::BlobFs;
 use futures_util::{FutureExt as _, future::BoxFuture};
@@ -24,13 +31,17 @@ pub type Serving = Option<Result<Arc<BlobFs>, String>>;
 pub struct LayerParts {
     opener: Opener,
     blobfs: watch::Receiver<Serving>,
-    direct_io: bool,
+    direct_io: Arc<AtomicBool>,
 }
 
 impl LayerParts {
     /// Devices of incomplete layers are files on the BlobFs that `blobfs` will hold; those of
-    /// complete ones are plain files, read with `direct_io` or not.
-    pub fn new(opener: Opener, blobfs: watch::Receiver<Serving>, direct_io: bool) -> Self {
+    /// complete ones are plain files, read past their page cache while `direct_io` says so.
+    pub fn new(
+        opener: Opener,
+        blobfs: watch::Receiver<Serving>,
+        direct_io: Arc<AtomicBool>,
+    ) -> Self {
         Self {
             opener,
             blobfs,
@@ -42,7 +53,7 @@ impl LayerParts {
 impl Provider for LayerParts {
     fn parts(&self, key: &MountKey) -> BoxFuture<'static, Result<Parts, String>> {
         let (opener, key) = (self.opener.clone(), key.clone());
-        let (mut blobfs, direct_io) = (self.blobfs.clone(), self.direct_io);
+        let (mut blobfs, direct_io) = (self.blobfs.clone(), Arc::clone(&self.direct_io));
         async move {
             let record = opener
                 .table
@@ -61,7 +72,7 @@ impl Provider for LayerParts {
                     metadata,
                     device: Some(opener.dir(record.number).data()),
                     on_blobfs: false,
-                    direct_io,
+                    direct_io: direct_io.load(Ordering::Relaxed),
                 });
             }
             let serving = blobfs.wait_for(Option::is_some);

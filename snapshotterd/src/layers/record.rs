@@ -107,6 +107,16 @@ pub struct Origin {
     pub namespace: String,
     /// Digest of the manifest that bound the index, if it is known.
     pub manifest: Option<Digest>,
+    /// The DiffID that the image claims for the layer, if it is known.
+    #[serde(default)]
+    pub diff_id: Option<Digest>,
+}
+
+impl Origin {
+    fn is_same_image(&self, other: &Self) -> bool {
+        (&self.image, &self.namespace, self.manifest)
+            == (&other.image, &other.namespace, other.manifest)
+    }
 }
 
 /// A directory that no entry of the layer describes.
@@ -136,9 +146,13 @@ pub struct LayerRecord {
     pub empty: bool,
     /// Directories that the layer implies without describing them, the root aside; parents first.
     pub implied: Vec<ImpliedDirectory>,
-    /// The DiffID to prove: what an image config claims, or what the content turned out to have.
+    /// The DiffID that an image config claimed first.
     pub diff_id: Option<Digest>,
-    /// What became of the claim.
+    /// The DiffID that the layer's tar has, once it has been hashed.
+    #[serde(default)]
+    pub content_diff_id: Option<Digest>,
+    /// Whether the tar makes the served tree. What images claim is a matter of its own:
+    /// [`Self::false_claims`].
     pub verdict: Verdict,
     /// The index is here; only then may anything refer to the layer.
     pub ready: bool,
@@ -155,14 +169,38 @@ impl LayerRecord {
     const MAX_ORIGINS: usize = 8;
 
     /// Puts `origin` first; false if it was there already.
-    pub fn remember(&mut self, origin: Origin) -> bool {
+    pub fn remember(&mut self, mut origin: Origin) -> bool {
+        if origin.diff_id.is_none() {
+            let known = self
+                .origins
+                .iter()
+                .find(|known| known.is_same_image(&origin));
+            origin.diff_id = known.and_then(|known| known.diff_id);
+        }
         if self.origins.first() == Some(&origin) {
             return false;
         }
-        self.origins.retain(|known| *known != origin);
+        self.origins.retain(|known| !known.is_same_image(&origin));
         self.origins.insert(0, origin);
         self.origins.truncate(Self::MAX_ORIGINS);
         true
+    }
+
+    /// Notes what an image that is known claims.
+    pub fn claim(&mut self, origin: &Origin) {
+        for known in &mut self.origins {
+            if known.is_same_image(origin) {
+                known.diff_id = origin.diff_id;
+            }
+        }
+    }
+
+    /// The images that claim a DiffID which the layer does not have.
+    pub fn false_claims(&self) -> impl Iterator<Item = &Origin> {
+        let actual = self.content_diff_id;
+        self.origins.iter().filter(move |origin| {
+            matches!((origin.diff_id, actual), (Some(claim), Some(actual)) if claim != actual)
+        })
     }
 }
 
@@ -206,6 +244,7 @@ mod tests {
             image: image.into(),
             namespace: "default".into(),
             manifest: None,
+            diff_id: None,
         }
     }
 
@@ -227,6 +266,7 @@ mod tests {
                 group: Some(7),
             }],
             diff_id: None,
+            content_diff_id: None,
             verdict: Verdict::Unprovable("sparse".into()),
             ready: true,
             complete: false,
@@ -241,6 +281,18 @@ mod tests {
         assert!(record.remember(origin("12")));
         assert_eq!(record.origins[0].image, "12");
         assert_eq!(record.origins.len(), LayerRecord::MAX_ORIGINS);
+        let (claim, actual) = (Digest::of(b"claim"), Digest::of(b"tar"));
+        let claimed = Origin {
+            diff_id: Some(claim),
+            ..origin("12")
+        };
+        assert!(record.remember(claimed.clone()));
+        assert!(!record.remember(origin("12")), "what is known stays known");
+        assert_eq!(record.false_claims().count(), 0, "nothing is hashed yet");
+        record.content_diff_id = Some(actual);
+        assert_eq!(record.false_claims().collect::<Vec<_>>(), [&claimed]);
+        record.content_diff_id = Some(claim);
+        assert_eq!(record.false_claims().count(), 0);
         let text = serde_json::to_vec(&record).unwrap();
         assert_eq!(
             serde_json::from_slice::<LayerRecord>(&text).unwrap(),

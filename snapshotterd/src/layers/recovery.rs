@@ -72,7 +72,11 @@ impl Layers {
             self.presents.send_replace(Some(Err(why)));
             return Err(RecoverError::BlobFs(error));
         }
-        let presents = kernel::presents_lazily(&self.config.state, &self.helper).await;
+        let config = &self.config;
+        let (found, presents) = kernel::examine(&config.state, &config.root, &self.helper).await;
+        self.direct_io.store(found.direct_io(), Ordering::Relaxed);
+        // Recovery runs once.
+        let _ = self.kernel.set(found);
         let unable = presents.as_ref().err().cloned();
         self.presents.send_replace(Some(presents));
         self.note_containerd();

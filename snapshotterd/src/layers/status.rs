@@ -16,7 +16,7 @@ use storage::ranges::report;
 use super::{
     Layers,
     blobs::describe,
-    record::{LayerNumber, LayerRecord},
+    record::{LayerNumber, LayerRecord, Origin},
 };
 use crate::{
     metrics::{Scrape, defs},
@@ -92,7 +92,14 @@ impl Layers {
         }
         let layers: Vec<Value> = records
             .iter()
-            .map(|record| self.describe_layer(record, &[]))
+            .map(|record| {
+                let mut layer = self.describe_layer(record, &[]);
+                if let Some(liar) = record.false_claims().find(|o| o.image == reference) {
+                    layer["verdict"] = json!("refuted");
+                    layer["verdict_why"] = json!(false_claim(record, liar));
+                }
+                layer
+            })
             .collect();
         let count = |field: &str| {
             layers
@@ -218,6 +225,7 @@ impl Layers {
                     "complete": record.complete,
                     "verdict": record.verdict.name(),
                     "why": record.verdict.reason(),
+                    "false_claims": false_claims(&record),
                 }));
             }
         }
@@ -290,7 +298,8 @@ impl Layers {
             "number": record.number,
             "digest": record.identity.layer,
             "toc_digest": record.identity.index,
-            "diff_id": record.diff_id,
+            "diff_id": record.content_diff_id.or(record.diff_id),
+            "false_claims": false_claims(record),
             "format": record.identity.format,
             "lazy": true,
             "name": describe(record),
@@ -320,6 +329,23 @@ impl Layers {
             None => value["percent_local"] = Value::Null,
         }
         value
+    }
+}
+
+/// Images that claim a DiffID which the layer does not have.
+fn false_claims(record: &LayerRecord) -> Vec<Value> {
+    let liars = record.false_claims();
+    liars
+        .map(|liar| json!({ "image": liar.image, "why": false_claim(record, liar) }))
+        .collect()
+}
+
+fn false_claim(record: &LayerRecord, liar: &Origin) -> String {
+    match (liar.diff_id, record.content_diff_id) {
+        (Some(claim), Some(actual)) => {
+            format!("the image claims DiffID {claim}, the content has {actual}")
+        }
+        _ => String::new(),
     }
 }
 

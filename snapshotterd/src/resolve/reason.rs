@@ -1,6 +1,6 @@
 //! Why a layer is not lazy.
 
-use std::{sync::Arc, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use formats::digest::Digest;
 
@@ -52,7 +52,7 @@ pub enum NotLazy {
     /// The descriptor binds no index.
     #[error(
         "layer {layer} has no TOC digest annotation ({media_type}): it is not eStargz, or cannot \
-         be verified chunk by chunk"
+         be verified chunk by chunk; snapctl image convert makes a lazy image of it"
     )]
     NoTocDigest {
         /// The layer.
@@ -69,8 +69,13 @@ pub enum NotLazy {
         media_type: String,
     },
     /// The index is not the one that the manifest binds.
-    #[error("TOC of layer {layer} has digest {actual}, the manifest says {expected}")]
+    #[error(
+        "the TOC of layer {layer} of {image} has digest {actual}, the manifest says {expected}: \
+         they do not belong together; convert and push the image again"
+    )]
     TocDigest {
+        /// The image.
+        image: String,
         /// The layer.
         layer: Digest,
         /// What the manifest says.
@@ -79,16 +84,23 @@ pub enum NotLazy {
         actual: Digest,
     },
     /// Footer or TOC are malformed, or the TOC says what cannot be presented.
-    #[error("index of layer {layer}: {detail}")]
+    #[error(
+        "the index of layer {layer} of {image} cannot be used: {detail}; if the image claims to be \
+         eStargz, convert and push it again"
+    )]
     Index {
+        /// The image.
+        image: String,
         /// The layer.
         layer: Digest,
         /// What is wrong, and where.
         detail: String,
     },
     /// The registry does not deliver.
-    #[error("layer {layer}: {detail}")]
+    #[error("cannot fetch the index of layer {layer} of {image}: {detail}")]
     Registry {
+        /// The image.
+        image: String,
         /// The layer.
         layer: Digest,
         /// Registry, repository, range and what happened.
@@ -97,10 +109,23 @@ pub enum NotLazy {
         transient: bool,
     },
     /// The time for all layers of an image together is over.
-    #[error("not resolved within {} s", limit.as_secs_f32())]
+    #[error(
+        "layer {layer} of {image} was not resolved within {} s: still {step}{}; if its registry is \
+         only slow, raise lazy.resolve_timeout",
+        limit.as_secs_f32(),
+        Last(trouble.as_deref())
+    )]
     Deadline {
+        /// The image.
+        image: String,
+        /// The layer.
+        layer: Digest,
         /// The limit.
         limit: Duration,
+        /// What was under way.
+        step: &'static str,
+        /// What failed last and was being tried again.
+        trouble: Option<String>,
     },
     /// A layer below is refuted or unusable.
     #[error("the chain below cannot carry a lazy layer: {0}")]
@@ -108,6 +133,17 @@ pub enum NotLazy {
     /// Local trouble: disk, store, mount.
     #[error("local failure: {0}")]
     Local(Arc<str>),
+}
+
+struct Last<'a>(Option<&'a str>);
+
+impl fmt::Display for Last<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(trouble) => write!(f, "; last failure: {trouble}"),
+            None => f.write_str(", with no answer so far"),
+        }
+    }
 }
 
 impl NotLazy {

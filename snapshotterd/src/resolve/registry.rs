@@ -5,9 +5,10 @@ use std::{path::PathBuf, sync::Arc};
 use formats::{digest::Digest, oci::HostPlatform};
 use futures_util::FutureExt as _;
 use storage::{
-    ranges::{FetchError, RangeSource, report},
+    ranges::{RangeSource, report},
     registry::{
-        ClientOptions, DockerConfig, DockerConfigOptions, ProxyConfig, Reference, RegistryClient,
+        ClientOptions, DockerConfig, DockerConfigOptions, ImageError, ProxyConfig, Reference,
+        RegistryClient,
     },
     source::{BoxFuture, Cause},
 };
@@ -63,15 +64,6 @@ fn reference(image: &str) -> Result<Reference, RemoteError> {
         })
 }
 
-impl From<FetchError> for RemoteError {
-    fn from(error: FetchError) -> Self {
-        Self {
-            detail: error.report(),
-            transient: error.is_transient(),
-        }
-    }
-}
-
 impl Remote for Registries {
     fn manifest(
         &self,
@@ -82,11 +74,7 @@ impl Remote for Registries {
         async move {
             let found = client
                 .manifest_by_digest(parsed?.repository(), digest)
-                .await
-                .map_err(|error| RemoteError {
-                    detail: report(&error),
-                    transient: error.is_transient(),
-                })?;
+                .await?;
             Ok(found.bytes.to_vec())
         }
         .boxed()
@@ -98,9 +86,12 @@ impl Remote for Registries {
             let found = client
                 .image(&parsed?, &HostPlatform::current())
                 .await
-                .map_err(|error| RemoteError {
-                    detail: report(&error),
-                    transient: error.is_transient(),
+                .map_err(|error| match error {
+                    ImageError::Registry(error) => error.into(),
+                    other => RemoteError {
+                        detail: report(&other),
+                        transient: false,
+                    },
                 })?;
             Ok(Document {
                 digest: found.manifest.digest,
@@ -120,10 +111,17 @@ impl Remote for Registries {
         async move {
             let bytes = client
                 .small_blob(parsed?.repository(), digest, len, Cause::Metadata)
-                .await?;
+                .await
+                .map_err(|error| RemoteError::of_fetch(&error))?;
             Ok(bytes.to_vec())
         }
         .boxed()
+    }
+
+    fn trouble(&self, image: &str, digest: Digest) -> Option<String> {
+        let parsed = reference(image).ok()?;
+        self.client
+            .trouble(parsed.repository(), &digest.to_string())
     }
 
     fn blob(

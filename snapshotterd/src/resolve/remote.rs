@@ -3,7 +3,11 @@
 use std::sync::Arc;
 
 use formats::digest::Digest;
-use storage::{ranges::RangeSource, source::BoxFuture};
+use storage::{
+    ranges::{FetchError, RangeSource, report},
+    registry::RegistryError,
+    source::BoxFuture,
+};
 
 /// Why a registry did not deliver.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -22,6 +26,32 @@ pub struct Document {
     pub digest: Digest,
     /// The bytes.
     pub bytes: Vec<u8>,
+}
+
+impl RemoteError {
+    /// What a failed fetch says, without naming again what was asked for.
+    pub fn of_fetch(error: &FetchError) -> Self {
+        let detail = match error {
+            FetchError::Source { source, .. } => match source.downcast_ref::<RegistryError>() {
+                Some(error) => error.brief(),
+                None => report(&**source),
+            },
+            other => report(other),
+        };
+        Self {
+            detail,
+            transient: error.is_transient(),
+        }
+    }
+}
+
+impl From<RegistryError> for RemoteError {
+    fn from(error: RegistryError) -> Self {
+        Self {
+            detail: error.brief(),
+            transient: error.is_transient(),
+        }
+    }
 }
 
 /// Where images come from. Implementations bound their own waiting.
@@ -44,6 +74,10 @@ pub trait Remote: Send + Sync + 'static {
         digest: Digest,
         len: u64,
     ) -> BoxFuture<'static, Result<Vec<u8>, RemoteError>>;
+
+    /// What failed last, and is being tried again, with a manifest or blob of the repository that
+    /// `image` names, if anything did.
+    fn trouble(&self, image: &str, digest: Digest) -> Option<String>;
 
     /// Ranges of a layer blob of `len` bytes. Asks nobody yet.
     fn blob(

@@ -10,7 +10,7 @@ use formats::{
     stargz::StargzLayer,
 };
 
-use super::{ChunkSink, Prove, Verdict};
+use super::{ChunkSink, Judged, Prove, Verdict};
 use crate::ranges::report;
 
 const STEP: usize = 256 << 10;
@@ -27,11 +27,32 @@ pub struct StargzProof {
 }
 
 impl Prove for StargzProof {
-    fn prove(
+    fn prove(&self, compressed: &mut dyn io::Read, sink: &mut ChunkSink<'_>) -> io::Result<Judged> {
+        let Judged { diff_id, verdict } = self.judge(compressed, sink)?;
+        let verdict = match (diff_id, verdict) {
+            (Some(actual), verdict) if actual != self.diff_id => {
+                let mut reasons = vec![format!(
+                    "the image claims DiffID {}, the tar has {actual}",
+                    self.diff_id
+                )];
+                if let Verdict::Refuted { reasons: more } = verdict {
+                    reasons.extend(more);
+                }
+                Verdict::Refuted { reasons }
+            }
+            (_, verdict) => verdict,
+        };
+        Ok(Judged { diff_id, verdict })
+    }
+}
+
+impl StargzProof {
+    /// As [`Prove::prove`], without regard to the DiffID claimed.
+    pub fn judge(
         &self,
         compressed: &mut dyn io::Read,
         sink: &mut ChunkSink<'_>,
-    ) -> io::Result<Verdict> {
+    ) -> io::Result<Judged> {
         let mut prover = Prover::new(&self.layer, self.diff_id, self.limits);
         let mut inflater = Inflater::new(self.limits.max_decoded_bytes);
         let mut buf = vec![0; STEP];
@@ -50,7 +71,8 @@ impl Prove for StargzProof {
         if let Err(error) = inflater.finish() {
             return Ok(undecodable(&error));
         }
-        Ok(match prover.finish() {
+        let (diff_id, verdict) = prover.judge();
+        let verdict = match verdict {
             proof::Verdict::Proven => Verdict::Proven,
             proof::Verdict::Refuted(mismatches) => Verdict::Refuted {
                 reasons: mismatches.iter().map(ToString::to_string).collect(),
@@ -58,13 +80,16 @@ impl Prove for StargzProof {
             proof::Verdict::Unprovable(reason) => Verdict::Unprovable {
                 reason: report(&reason),
             },
+        };
+        Ok(Judged {
+            diff_id: Some(diff_id),
+            verdict,
         })
     }
 }
 
 /// What does not inflate is no tar, whatever its DiffID.
-fn undecodable(error: &dyn std::error::Error) -> Verdict {
-    Verdict::Refuted {
-        reasons: vec![format!("the blob does not decode: {}", report(error))],
-    }
+fn undecodable(error: &dyn std::error::Error) -> Judged {
+    let reasons = vec![format!("the blob does not decode: {}", report(error))];
+    Verdict::Refuted { reasons }.into()
 }

@@ -9,7 +9,7 @@ use std::{
 use formats::digest::Digest;
 use serde::{Deserialize, Serialize};
 
-use super::Verdict;
+use super::{Judged, Verdict};
 use crate::cache::sync_parent;
 
 const VERSION: u32 = 1;
@@ -23,6 +23,9 @@ pub struct Record {
     pub identity: Digest,
     /// Digest that the compressed stream has.
     pub layer_digest: Digest,
+    /// DiffID of the tar in that stream, if it was taken and the stream is the layer's.
+    #[serde(default)]
+    pub diff_id: Option<Digest>,
     /// The outcome.
     #[serde(flatten)]
     pub verdict: Verdict,
@@ -34,14 +37,15 @@ impl Record {
     pub(super) fn new(
         identity: Digest,
         layer_digest: Digest,
-        verdict: Verdict,
+        judged: Judged,
         complete: bool,
     ) -> Self {
         Self {
             version: VERSION,
             identity,
             layer_digest,
-            verdict,
+            diff_id: judged.diff_id,
+            verdict: judged.verdict,
             complete,
         }
     }

@@ -9,7 +9,7 @@ use std::{
 use formats::{digest::Digest, units::ChunkIdx};
 use sha2::{Digest as _, Sha256};
 
-use super::{HydrateOptions, Mode, Phase, Record, Verdict, pump::pump};
+use super::{HydrateOptions, Judged, Mode, Phase, Record, Verdict, pump::pump};
 use crate::{
     cache::{LayerBlob, to_index},
     prefetch::Prefetch,
@@ -63,18 +63,17 @@ async fn hydrate(weak: &Weak<LayerBlob>, options: &HydrateOptions) -> Option<()>
                 ));
                 blob.wire.forget(0..blob.wire.blob_len());
             }
-            Ok((digest, verdict)) => {
-                let verdict = if digest == options.layer_digest {
-                    verdict
+            Ok((digest, judged)) => {
+                let judged = if digest == options.layer_digest {
+                    judged
                 } else {
-                    Verdict::Refuted {
-                        reasons: vec![format!(
-                            "the blob has digest {digest}, not {}",
-                            options.layer_digest
-                        )],
-                    }
+                    let reasons = vec![format!(
+                        "the blob has digest {digest}, not {}",
+                        options.layer_digest
+                    )];
+                    Verdict::Refuted { reasons }.into()
                 };
-                match finish(weak, digest, verdict).await? {
+                match finish(weak, digest, judged).await? {
                     Ok(()) => return Some(()),
                     Err(message) => retry_later(weak, message, &mut delay).await?,
                 }
@@ -126,7 +125,7 @@ async fn retry_later(weak: &Weak<LayerBlob>, message: String, delay: &mut Durati
 async fn pass(
     weak: &Weak<LayerBlob>,
     options: &HydrateOptions,
-) -> Option<io::Result<(Digest, Verdict)>> {
+) -> Option<io::Result<(Digest, Judged)>> {
     let blob = weak.upgrade()?;
     let passes = Arc::clone(&blob.wire.scheduler.passes);
     drop(blob);
@@ -137,7 +136,7 @@ async fn pass(
     let judged = tokio::task::spawn_blocking(move || {
         let mut reader = WireReader::new(&blob);
         let mut trouble = None;
-        let verdict = prover.prove(&mut reader, &mut |number, bytes| {
+        let judged = prover.prove(&mut reader, &mut |number, bytes| {
             if trouble.is_none()
                 && let Err(error) = blob.fill(number, bytes)
             {
@@ -148,7 +147,7 @@ async fn pass(
         io::copy(&mut reader, &mut io::sink())?;
         match trouble {
             Some(error) => Err(error),
-            None => Ok((Digest::finish(reader.hasher), verdict)),
+            None => Ok((Digest::finish(reader.hasher), judged)),
         }
     });
     Some(
@@ -162,7 +161,7 @@ async fn pass(
 async fn finish(
     weak: &Weak<LayerBlob>,
     digest: Digest,
-    verdict: Verdict,
+    judged: Judged,
 ) -> Option<Result<(), String>> {
     let blob = weak.upgrade()?;
     if blob.wire.is_closed() {
@@ -174,7 +173,7 @@ async fn finish(
         let _ = wait.await;
     }
     let complete = blob.is_full();
-    let record = Record::new(blob.wire.identity, digest, verdict, complete);
+    let record = Record::new(blob.wire.identity, digest, judged, complete);
     let stored = tokio::task::spawn_blocking({
         let (blob, record) = (Arc::clone(&blob), record.clone());
         move || {

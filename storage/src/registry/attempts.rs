@@ -8,6 +8,7 @@ use super::{
     backoff::{RetryPolicy, jitter},
     endpoint::{Endpoint, Need},
     error::{RegistryError, Target},
+    troubles::Troubles,
 };
 
 /// The tries of one request.
@@ -20,6 +21,7 @@ pub(super) struct Attempts {
     errors: Vec<(Arc<Endpoint>, RegistryError)>,
     target: Arc<Target>,
     need: Need,
+    troubles: Arc<Troubles>,
 }
 
 impl Inner {
@@ -51,6 +53,7 @@ impl Inner {
             errors: Vec::new(),
             target: Arc::clone(target),
             need,
+            troubles: Arc::clone(&self.troubles),
         })
     }
 }
@@ -91,6 +94,9 @@ impl Attempts {
                 is_transient,
                 "a host of a registry failed"
             );
+        }
+        if is_transient {
+            self.troubles.note(&self.target, &error);
         }
         if is_transient && !self.is_waiting(endpoint) {
             self.later.push_back(Arc::clone(endpoint));

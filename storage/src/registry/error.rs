@@ -220,6 +220,75 @@ impl RegistryError {
         }
     }
 
+    /// What happened and what to do about it, for a sentence that names the thing asked for.
+    pub fn brief(&self) -> String {
+        match self {
+            Self::Hosts { .. } | Self::Content { .. } => self.report(),
+            Self::NoEndpoint { target, capability } => format!(
+                "no host of {} may be asked: give one the capability {capability:?} in its hosts.toml",
+                target.repository.registry()
+            ),
+            Self::Unreachable { host, problem, .. } => {
+                format!(
+                    "{host} {problem}; check that the registry runs and can be reached from here"
+                )
+            }
+            Self::Tls { problem, .. } => problem.clone(),
+            Self::Broken { host, source, .. } => {
+                format!("the connection to {host} broke ({})", root(&**source))
+            }
+            Self::Stalled { host, waited, .. } => {
+                format!("{host} sent nothing for {}", Seconds(*waited))
+            }
+            Self::Status {
+                target,
+                host,
+                status,
+                message,
+                ..
+            } => {
+                let message = unnamed(target, message);
+                match status {
+                    404 | 410 => format!(
+                        "{host} does not have it ({status}{}); push the image again",
+                        Also(&message)
+                    ),
+                    416 => format!(
+                        "{host} answered {status}{}: what it has is shorter than the manifest \
+                         says; push the image again",
+                        Said(&message)
+                    ),
+                    _ => format!("{host} answered {status}{}", Said(&message)),
+                }
+            }
+            Self::Denied {
+                target,
+                host,
+                status,
+                advice,
+                message,
+            } => {
+                let message = unnamed(target, message);
+                let remedy = if advice.contains("credentials") {
+                    "; an account that may pull from this repository has to be put there"
+                } else {
+                    ""
+                };
+                format!(
+                    "{host} answered {status}{}: {advice}{remedy}",
+                    Said(&message)
+                )
+            }
+            Self::Credentials { host, source, .. } => {
+                format!("credentials for {host}: {}", crate::ranges::report(source))
+            }
+            Self::Protocol { host, problem, .. } => format!("{host} {problem}"),
+            Self::Digest { host, actual, .. } => {
+                format!("{host} delivered other content, with digest {actual}")
+            }
+        }
+    }
+
     /// The error and all its sources in one line.
     pub fn report(&self) -> String {
         crate::ranges::report(self)
@@ -251,6 +320,18 @@ impl fmt::Display for Said<'_> {
             return Ok(());
         }
         write!(f, " ({})", self.0)
+    }
+}
+
+/// `: what the server said`, or nothing.
+struct Also<'a>(&'a str);
+
+impl fmt::Display for Also<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.is_empty() {
+            return Ok(());
+        }
+        write!(f, ": {}", self.0)
     }
 }
 
@@ -383,6 +464,28 @@ fn tls_problem(error: &rustls::Error, host: &str, config: &str) -> String {
         ),
         _ => format!("the handshake with {host} failed"),
     }
+}
+
+/// What a server said, without the digest that the sentence around it names.
+fn unnamed(target: &Target, message: &str) -> String {
+    match &target.object {
+        Object::Manifest(name) if name.contains(':') => message.replace(name.as_str(), "…"),
+        Object::Blob(digest) | Object::BlobRange(digest, _) => {
+            message.replace(&digest.to_string(), "…")
+        }
+        _ => message.to_owned(),
+    }
+}
+
+/// The last of an error's sources.
+fn root<'a>(error: &'a (dyn Error + 'static)) -> &'a (dyn Error + 'static) {
+    let mut root = error;
+    // An error chain is short; the bound only guards against a cycle.
+    for _ in 0..32 {
+        let Some(source) = root.source() else { break };
+        root = source;
+    }
+    root
 }
 
 /// The first error of type `E` among `error` and its sources, also inside of `io::Error`s.

@@ -282,6 +282,7 @@ async fn a_toc_that_lies_about_its_tar_is_refuted() {
     // The image claims a DiffID that these bytes do not have.
     hydrate(&opened, built.blob_digest, other.diff_id);
     let record = opened.blob.hydrated().await.unwrap();
+    assert_eq!(record.diff_id, Some(built.diff_id));
     let Verdict::Refuted { reasons } = record.verdict else {
         panic!("{record:?}");
     };

@@ -10,7 +10,7 @@ use formats::{
 };
 use storage::{
     cache::{CacheOptions, Codec, LayerBlob, Scheduler, SchedulerOptions, Wire, WireOptions},
-    hydrate::{ChunkSink, HydrateOptions, Mode, Prove, Verdict},
+    hydrate::{ChunkSink, HydrateOptions, Judged, Mode, Prove, Verdict},
     source::{BlobSource as _, Cause, ReadNow},
 };
 
@@ -123,11 +123,7 @@ impl Layer {
 pub(crate) struct Slices(pub(crate) Arc<BlobMap>);
 
 impl Prove for Slices {
-    fn prove(
-        &self,
-        compressed: &mut dyn io::Read,
-        sink: &mut ChunkSink<'_>,
-    ) -> io::Result<Verdict> {
+    fn prove(&self, compressed: &mut dyn io::Read, sink: &mut ChunkSink<'_>) -> io::Result<Judged> {
         let mut all = Vec::new();
         compressed.read_to_end(&mut all)?;
         let mut reasons = Vec::new();
@@ -140,11 +136,12 @@ impl Prove for Slices {
                 reasons.push(format!("chunk {number}"));
             }
         }
-        Ok(if reasons.is_empty() {
+        let verdict = if reasons.is_empty() {
             Verdict::Proven
         } else {
             Verdict::Refuted { reasons }
-        })
+        };
+        Ok(verdict.into())
     }
 }
 

@@ -4,7 +4,7 @@ use std::{io, sync::Arc};
 
 use formats::digest::Digest;
 use storage::{
-    hydrate::{ChunkSink, HydrateOptions, Mode, Phase, Prove, Verdict},
+    hydrate::{ChunkSink, HydrateOptions, Judged, Mode, Phase, Prove, Verdict},
     source::Cause,
 };
 
@@ -154,10 +154,11 @@ async fn a_blob_that_is_not_the_layer_is_refuted_for_good() {
 struct Shrugs;
 
 impl Prove for Shrugs {
-    fn prove(&self, _: &mut dyn io::Read, _: &mut ChunkSink<'_>) -> io::Result<Verdict> {
+    fn prove(&self, _: &mut dyn io::Read, _: &mut ChunkSink<'_>) -> io::Result<Judged> {
         Ok(Verdict::Unprovable {
             reason: "a name is not UTF-8".to_owned(),
-        })
+        }
+        .into())
     }
 }
 

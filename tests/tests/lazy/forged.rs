@@ -1,7 +1,10 @@
 //! What one image says about a layer is never served to another.
 
+use std::collections::BTreeMap;
+
 use lab::{Lab, LabOptions};
 use suite::{
+    host::Host,
     images::noise,
     pushed::{PushedImage, PushedLayer, cri_labels},
     tarball::Tarball,
@@ -44,7 +47,7 @@ fn a_forged_toc_pulled_first_never_reaches_the_genuine_image() {
     assert_eq!(genuine.chains, forged.chains);
     runtime().block_on(async {
         let host = fixture.host("default").await;
-        let read = async |host: &suite::host::Host, parent: &str, name: &str| {
+        let read = async |host: &Host, parent: &str, name: &str| {
             let (_, container) = fixture.container(host, parent, name).await;
             std::fs::read(container.path().join("program")).expect("a file")
         };
@@ -82,7 +85,7 @@ fn a_refuted_layer_gets_no_new_containers() {
         assert_eq!(status, 200, "{verdicts}");
         assert_eq!(verdicts["layers"][0]["verdict"], "refuted", "{verdicts}");
         let refused = host
-            .prepare(&host.key("c"), &top, std::collections::BTreeMap::new())
+            .prepare(&host.key("c"), &top, BTreeMap::new())
             .await
             .expect_err("a refuted chain");
         assert_eq!(refused.code(), tonic::Code::FailedPrecondition);
@@ -105,5 +108,116 @@ fn a_refuted_layer_gets_no_new_containers() {
             .await
             .expect_err("the forged layer again");
         assert_eq!(refused.code(), tonic::Code::FailedPrecondition);
+    });
+}
+
+/// The same layer, under a DiffID that it does not have.
+fn falsely_claimed(fixture: &Fixture, layer: &PushedLayer) -> PushedImage {
+    let mut layer = layer.clone();
+    layer.diff_id = formats::digest::Digest::of(b"another tar");
+    PushedImage::push(&fixture.lab, "a/false", "1", &[layer])
+}
+
+/// Hydrates everything and returns how the layer came out.
+fn judged(fixture: &Fixture, layer: &PushedLayer) -> serde_json::Value {
+    let (status, verdicts) = fixture.admin("POST", "/v1/hydrate");
+    assert_eq!(status, 200, "{verdicts}");
+    fixture.layer(&layer.digest().to_string())
+}
+
+async fn refused(host: &Host, image: &PushedImage, parent: &str) {
+    let told = host
+        .prepare(&host.key("c"), parent, BTreeMap::new())
+        .await
+        .expect_err("a container under a DiffID that is false");
+    assert_eq!(told.code(), tonic::Code::FailedPrecondition);
+    assert!(told.message().contains(&image.reference), "{told}");
+    assert!(told.message().contains("the image claims DiffID"), "{told}");
+}
+
+async fn pull_refused(host: &Host, image: &PushedImage) {
+    let chain = image.chains[0].to_string();
+    let key = host.key(&format!("extract-0-x {chain}"));
+    let told = host
+        .prepare(&key, "", cri_labels(image, 0))
+        .await
+        .expect_err("a pull under a DiffID that is false");
+    assert_eq!(told.code(), tonic::Code::FailedPrecondition);
+    assert!(told.message().contains(&image.reference), "{told}");
+}
+
+fn status_of(fixture: &Fixture, image: &PushedImage) -> String {
+    let (status, shown) = fixture.admin("GET", &format!("/v1/images?ref={}", image.reference));
+    assert_eq!(status, 200, "{shown}");
+    shown["layers"][0]["verdict"]
+        .as_str()
+        .expect("a verdict")
+        .to_owned()
+}
+
+#[test]
+fn a_false_diff_id_that_comes_first_harms_only_its_own_image() {
+    if !ready() {
+        return;
+    }
+    let mut fixture = Fixture::new(&format!("{CONFIG}lazy.hydration = \"off\"\n"));
+    let layer = layer(b"genuine");
+    let wrong = falsely_claimed(&fixture, &layer);
+    let honest = PushedImage::push(&fixture.lab, "a/genuine", "1", std::slice::from_ref(&layer));
+    runtime().block_on(async {
+        let host = fixture.host("default").await;
+        let wrong_top = fixture.pull_lazily(&host, &wrong).await;
+        let shown = judged(&fixture, &layer);
+        assert_eq!(shown["verdict"], "proven", "{shown}");
+        assert_eq!(shown["diff_id"], layer.diff_id.to_string(), "{shown}");
+        assert_eq!(
+            shown["false_claims"][0]["image"], wrong.reference,
+            "{shown}"
+        );
+        refused(&host, &wrong, &wrong_top).await;
+        pull_refused(&host, &wrong).await;
+        let top = fixture.pull_lazily(&host, &honest).await;
+        let (_, container) = fixture.container(&host, &top, "honest").await;
+        fixture.same_tree(&honest, container.path(), &[]);
+        assert_eq!(status_of(&fixture, &honest), "proven");
+        assert_eq!(status_of(&fixture, &wrong), "refuted");
+    });
+    // What was found out outlives a restart.
+    fixture.daemon.terminate();
+    fixture.daemon.restart();
+    runtime().block_on(async {
+        let host = fixture.host("other").await;
+        pull_refused(&host, &wrong).await;
+        let top = fixture.pull_lazily(&host, &honest).await;
+        let (_, container) = fixture.container(&host, &top, "again").await;
+        fixture.same_tree(&honest, container.path(), &[]);
+    });
+}
+
+#[test]
+fn a_false_diff_id_that_comes_later_harms_only_its_own_image() {
+    if !ready() {
+        return;
+    }
+    let fixture = Fixture::new(&format!("{CONFIG}lazy.hydration = \"off\"\n"));
+    let layer = layer(b"genuine");
+    let honest = PushedImage::push(&fixture.lab, "a/genuine", "1", std::slice::from_ref(&layer));
+    let wrong = falsely_claimed(&fixture, &layer);
+    runtime().block_on(async {
+        let host = fixture.host("default").await;
+        let top = fixture.pull_lazily(&host, &honest).await;
+        // While nothing is known, both are claims.
+        let wrong_top = fixture.pull_lazily(&host, &wrong).await;
+        let shown = judged(&fixture, &layer);
+        assert_eq!(shown["verdict"], "proven", "{shown}");
+        refused(&host, &wrong, &wrong_top).await;
+        pull_refused(&host, &wrong).await;
+        let (_, container) = fixture.container(&host, &top, "honest").await;
+        fixture.same_tree(&honest, container.path(), &[]);
+        let other = fixture.host("other").await;
+        pull_refused(&other, &wrong).await;
+        fixture.pull_lazily(&other, &honest).await;
+        assert_eq!(status_of(&fixture, &honest), "proven");
+        assert_eq!(status_of(&fixture, &wrong), "refuted");
     });
 }

@@ -83,3 +83,64 @@ fn touched_files_waiting_readers_and_bytes_are_shown() {
     let read = reader.join().expect("no panic").expect("no failed read");
     assert_eq!(read, noise(3, 3 << 20)[2 << 20..][..4096]);
 }
+
+/// Options of the superblock mounted below `dir`; there is one.
+fn super_options(dir: &std::path::Path) -> String {
+    let text = std::fs::read_to_string("/proc/self/mountinfo").expect("mountinfo");
+    let below = format!(" {}/", dir.display());
+    let mut found = text.lines().filter(|line| line.contains(&below));
+    let line = found.next().expect("a layer's mount");
+    assert_eq!(found.next(), None);
+    line.rsplit(' ').next().unwrap_or_default().to_owned()
+}
+
+#[test]
+fn what_the_kernel_can_do_is_shown_and_direct_io_follows_it() {
+    if !ready() {
+        return;
+    }
+    let mut fixture = Fixture::new(&format!(
+        "{CONFIG}lazy.hydration = \"off\"\nlazy.unmount_after = \"1ms\"\n"
+    ));
+    let none = serde_json::json!([]);
+    assert_eq!(fixture.recovered(), none);
+    let probe = fixture.admin("GET", "/v1/status").1["probe"].clone();
+    for what in ["fuse", "erofs_on_fuse", "signalled_reader", "killed_reader"] {
+        assert_eq!(probe[what], "works", "{probe}");
+    }
+    let direct = probe["direct_io"].as_str().expect("a finding") == "works";
+    eprintln!("direct I/O: {}", probe["direct_io"]);
+    assert!(!fixture.daemon.root().join("probe").exists());
+    let layer = PushedLayer::estargz(&Tarball::new().file("a", &noise(4, 300_000)).finish());
+    let image = PushedImage::push(&fixture.lab, "a/b", "1", &[layer]);
+    runtime().block_on(async {
+        let host = fixture.host("default").await;
+        let parent = fixture.pull_lazily(&host, &image).await;
+        let (status, verdicts) = fixture.admin("POST", "/v1/hydrate");
+        assert_eq!(status, 200, "{verdicts}");
+        // The mount that was made before the layer was complete goes; the next one is another.
+        let lowers = fixture.daemon.lowers();
+        let mounted = || {
+            let mounts = std::fs::read_to_string("/proc/self/mountinfo").expect("mountinfo");
+            mounts.contains(&format!(" {}/", lowers.display()))
+        };
+        for _ in 0..200 {
+            host.cleanup().await.expect("Cleanup");
+            if !mounted() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        assert!(!mounted(), "the mount of an unused layer stays");
+        let (_, container) = fixture.container(&host, &parent, "c").await;
+        let options = super_options(&lowers);
+        assert_eq!(options.contains("directio"), direct, "{options}");
+        let read = std::fs::read(container.path().join("a")).expect("a file");
+        assert_eq!(read, noise(4, 300_000));
+    });
+    // The answer is kept.
+    fixture.daemon.terminate();
+    fixture.daemon.restart();
+    assert_eq!(fixture.recovered(), none);
+    assert_eq!(fixture.admin("GET", "/v1/status").1["probe"], probe);
+}

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     config::TrustPolicy,
     containerd::Containerd,
-    layers::{Layers, LayersOptions, blobs::Opener, kernel, table::LayerTable},
+    layers::{Layers, LayersOptions, blobs::Opener, table::LayerTable},
     resolve::{Resolver, plan::Documents, registry::Registries, remote::Remote},
     store::{Store, StoreError},
 };
@@ -25,11 +25,6 @@ use crate::{
 /// Loads what is known of layers; waits for nothing else.
 pub fn start(context: &Context, overlayfs: Arc<Overlayfs>) -> Result<Arc<dyn Driver>, DriverError> {
     let config = &context.config;
-    if config.lazy.allow_unverified {
-        return Err(DriverError::InvalidArgument(
-            "lazy.allow_unverified is not built in yet".to_owned(),
-        ));
-    }
     let runtime = Handle::current();
     let table = Arc::new(open_table(&context.store)?);
     let remote: Arc<dyn Remote> = Arc::new(
@@ -66,7 +61,6 @@ pub fn start(context: &Context, overlayfs: Arc<Overlayfs>) -> Result<Arc<dyn Dri
         documents: documents.clone(),
         helper,
         blobfs,
-        direct_io: kernel::reads_directly(),
         metrics: context.metrics.clone(),
     })
     .map_err(DriverError::io("prepare", config.root.join("layers")))?;

@@ -38,6 +38,10 @@ impl Remote for Nobody {
         Box::pin(async { Err(gone()) })
     }
 
+    fn trouble(&self, _: &str, _: Digest) -> Option<String> {
+        None
+    }
+
     fn blob(&self, _: &str, _: Digest, _: u64) -> Result<Arc<dyn RangeSource>, RemoteError> {
         Err(gone())
     }
@@ -73,6 +77,7 @@ async fn opener(root: &Path) -> (Opener, Arc<LayerRecord>) {
             empty: true,
             implied: Vec::new(),
             diff_id: None,
+            content_diff_id: None,
             verdict: Verdict::Claimed,
             ready: true,
             complete: false,
@@ -80,6 +85,7 @@ async fn opener(root: &Path) -> (Opener, Arc<LayerRecord>) {
                 image: "r/x:1".into(),
                 namespace: String::new(),
                 manifest: None,
+                diff_id: None,
             }],
             created: 1,
         })

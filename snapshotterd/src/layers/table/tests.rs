@@ -23,6 +23,7 @@ fn layer(name: &str) -> LayerRecord {
         empty: false,
         implied: Vec::new(),
         diff_id: None,
+        content_diff_id: None,
         verdict: Verdict::Claimed,
         ready: true,
         complete: false,
@@ -30,6 +31,7 @@ fn layer(name: &str) -> LayerRecord {
             image: "r/x:1".into(),
             namespace: String::new(),
             manifest: None,
+            diff_id: None,
         }],
         created: 1,
     }
