@@ -1,16 +1,56 @@
 //! Asking a running daemon, from code that is not asynchronous.
 
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
 /// What the daemon's admin socket says at `path`.
 pub fn get(admin: &Path, path: &str) -> Result<Value> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
+    runtime()?.block_on(core_runtime::admin::get(admin, path))
+}
+
+/// Number and summed seconds of the requests that containerd has sent, by method.
+pub fn requests(admin: &Path) -> Result<BTreeMap<String, Answered>> {
+    const NAME: &str = "snapshotterd_rpc_duration_seconds";
+    let text = runtime()?.block_on(core_runtime::admin::get_text(admin, "/metrics"))?;
+    let mut methods: BTreeMap<String, Answered> = BTreeMap::new();
+    for line in text.lines() {
+        let Some((series, value)) = line.rsplit_once(' ') else {
+            continue;
+        };
+        let Some((name, labels)) = series.split_once('{') else {
+            continue;
+        };
+        let Some(method) = labels
+            .split_once("method=\"")
+            .and_then(|(_, rest)| rest.split('"').next())
+        else {
+            continue;
+        };
+        let value: f64 = value.parse().with_context(|| line.to_owned())?;
+        match name.strip_prefix(NAME) {
+            Some("_sum") => methods.entry(method.to_owned()).or_default().seconds = value,
+            Some("_count") => methods.entry(method.to_owned()).or_default().count = value,
+            _ => {}
+        }
+    }
+    Ok(methods)
+}
+
+/// Requests of one kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Answered {
+    /// How many.
+    pub count: f64,
+    /// How long all of them took together.
+    pub seconds: f64,
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime> {
+    Ok(tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .build()?;
-    runtime.block_on(core_runtime::admin::get(admin, path))
+        .build()?)
 }
 
 /// The layers the daemon serves lazily.

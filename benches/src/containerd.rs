@@ -3,7 +3,7 @@
 use std::{
     io::{BufRead as _, BufReader},
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -130,7 +130,7 @@ impl Bench<'_> {
                 String::from_utf8_lossy(&pulled.stderr).trim()
             );
         }
-        run_until_ready(&containerd, snapshotter, image, "cold")?;
+        let mut container = run_until_ready(&containerd, snapshotter, image, "cold")?;
         let seconds = started.elapsed().as_secs_f64();
         let served = self.lab.log().totals_since(&before);
         let layers = match &daemon {
@@ -138,9 +138,11 @@ impl Bench<'_> {
             None => Vec::new(),
         };
         self.lab.set_link(None);
+        container.wait().context("ctr run")?;
         let warm = Instant::now();
-        run_until_ready(&containerd, snapshotter, image, "warm")?;
+        let mut container = run_until_ready(&containerd, snapshotter, image, "warm")?;
         let warm_seconds = warm.elapsed().as_secs_f64();
+        container.wait().context("ctr run")?;
         let sum = |cause: &str| {
             let pointer = format!("/cache/traffic/{cause}/bytes");
             layers
@@ -166,13 +168,13 @@ impl Bench<'_> {
     }
 }
 
-/// `ctr run`, killed once the line has come: a workload that goes on running is no part of this.
+/// Starts `ctr run` and returns as soon as the line has come; the workload then ends by itself.
 fn run_until_ready(
     containerd: &Containerd,
     snapshotter: &str,
     image: &str,
     id: &str,
-) -> Result<()> {
+) -> Result<Child> {
     let mut command: Command = containerd.ctr_command();
     command
         .args(["run", "--rm", "--snapshotter", snapshotter])
@@ -188,8 +190,7 @@ fn run_until_ready(
     let limit = Instant::now() + Duration::from_secs(600);
     for line in BufReader::new(stdout).lines().map_while(Result::ok) {
         if line.contains(READY_LINE) {
-            let _ = child.wait();
-            return Ok(());
+            return Ok(child);
         }
         if Instant::now() > limit {
             break;

@@ -12,15 +12,21 @@ use tokio::net::UnixStream;
 
 /// `GET path`.
 pub async fn get(socket: &Path, path: &str) -> Result<Value> {
-    call(socket, Method::GET, path, None).await
+    json(path, &call(socket, Method::GET, path, None).await?)
+}
+
+/// `GET path`, an answer that is text.
+pub async fn get_text(socket: &Path, path: &str) -> Result<String> {
+    let answer = call(socket, Method::GET, path, None).await?;
+    String::from_utf8(answer.to_vec()).with_context(|| format!("{path}: not UTF-8"))
 }
 
 /// `POST path` with a JSON body.
 pub async fn post(socket: &Path, path: &str, body: &Value) -> Result<Value> {
-    call(socket, Method::POST, path, Some(body)).await
+    json(path, &call(socket, Method::POST, path, Some(body)).await?)
 }
 
-async fn call(socket: &Path, method: Method, path: &str, body: Option<&Value>) -> Result<Value> {
+async fn call(socket: &Path, method: Method, path: &str, body: Option<&Value>) -> Result<Bytes> {
     let stream = UnixStream::connect(socket).await.with_context(|| {
         format!(
             "cannot reach snapshotterd at {}: is it running?",
@@ -49,5 +55,9 @@ async fn call(socket: &Path, method: Method, path: &str, body: Option<&Value>) -
             String::from_utf8_lossy(&bytes).trim()
         );
     }
-    serde_json::from_slice(&bytes).with_context(|| format!("{path}: not JSON"))
+    Ok(bytes)
+}
+
+fn json(path: &str, bytes: &[u8]) -> Result<Value> {
+    serde_json::from_slice(bytes).with_context(|| format!("{path}: not JSON"))
 }

@@ -1,0 +1,294 @@
+//! What an image of many layers costs inside the snapshotter's requests.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Instant,
+};
+
+use anyhow::{Context as _, Result, bail};
+use benches::{
+    client,
+    sample::{LayerFiles, write_layout},
+};
+use clap::Parser;
+use formats::digest::Digest;
+use harness::{
+    containerd::{Containerd, Line, PLUGIN, Setup},
+    daemon::Daemon,
+    machine::binary,
+    workdir::Workdir,
+};
+use lab::{Lab, LabOptions, LinkModel, LogEntry};
+
+/// Pull an image of many layers through containerd 2.4.2 and print where the time went: inside
+/// snapshotterd's requests, and in containerd itself. The layers have no start list and hydration
+/// is off, so that nothing but what a mount needs crosses the link.
+///
+/// The bound: the time inside all requests together is at most the slowest layer's (from its first
+/// request at the registry to its last byte) plus two round trips.
+#[derive(Debug, Parser)]
+#[command(
+    name = "many-layers",
+    max_term_width = 100,
+    after_help = "Examples:\n  many-layers\n  many-layers --layers 120 --links wan --rounds 5"
+)]
+struct Options {
+    /// Layers of the image.
+    #[arg(long, default_value_t = 40)]
+    layers: usize,
+    /// Files of each layer.
+    #[arg(long, default_value_t = 200)]
+    files: usize,
+    /// Links to measure.
+    #[arg(long, value_delimiter = ',', default_values = ["wan", "cloud"])]
+    links: Vec<LinkModel>,
+    /// Rounds on each link, on fresh directories.
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// Where temporary files go.
+    #[arg(long, default_value = "/var/tmp")]
+    scratch: PathBuf,
+    /// Fail when the bound is missed.
+    #[arg(long)]
+    strict: bool,
+}
+
+fn main() -> Result<()> {
+    let options = Options::parse();
+    if let Some(why) = Line::V2_4.missing() {
+        bail!("this benchmark needs containerd 2.4.2: {why}");
+    }
+    let work = Workdir::below(&options.scratch);
+    let lab = Lab::start_blocking(LabOptions::new(work.sub("registry")))?;
+    let image = format!("{}/many/layers:1", lab.host());
+    push(&work.sub("image"), &options, &image)?;
+    println!(
+        "image of {} layers, {} files each; containerd {}; time in seconds",
+        options.layers,
+        options.files,
+        Line::V2_4.version()
+    );
+    println!(
+        "{:26} {:>6} {:>9} {:>9} {:>9} {:>9} {:>11}  {:6} requests/layer",
+        "link", "pull", "requests", "slowest", "bound", "mount", "containerd", ""
+    );
+    let mut missed = 0;
+    for link in &options.links {
+        for _ in 0..options.rounds {
+            let pull = pull(&options.scratch, &lab, &image, *link)?;
+            let bound = pull.slowest_layer + 2.0 * link.rtt.as_secs_f64();
+            let met = pull.inside() <= bound;
+            missed += usize::from(!met);
+            println!(
+                "{:26} {:6.2} {:9.3} {:9.3} {bound:9.3} {:9.3} {:11.3}  {:6} {:.2} (max {})",
+                link.to_string(),
+                pull.seconds,
+                pull.inside(),
+                pull.slowest_layer,
+                pull.mount_seconds,
+                pull.seconds - pull.inside(),
+                if met { "met" } else { "MISSED" },
+                pull.blob_requests as f64 / options.layers as f64,
+                pull.most_requests,
+            );
+            let longest = pull.requests.iter().map(|(method, answered)| {
+                format!("{method} {} in {:.3}", answered.count, answered.seconds)
+            });
+            eprintln!("many-layers: {}", longest.collect::<Vec<_>>().join(", "));
+        }
+    }
+    println!(
+        "pull: `ctr images pull`, until the last layer is there; requests: time inside snapshotterd, summed over\n\
+         all requests; mount: `ctr images mount` of the whole chain; containerd: the pull without the requests"
+    );
+    if options.strict && missed > 0 {
+        bail!("the bound is missed {missed} times");
+    }
+    Ok(())
+}
+
+struct Pull {
+    seconds: f64,
+    mount_seconds: f64,
+    slowest_layer: f64,
+    requests: BTreeMap<String, client::Answered>,
+    blob_requests: usize,
+    most_requests: usize,
+}
+
+impl Pull {
+    /// Seconds inside the snapshotter.
+    fn inside(&self) -> f64 {
+        self.requests
+            .values()
+            .map(|answered| answered.seconds)
+            .sum()
+    }
+}
+
+fn pull(scratch: &Path, lab: &Lab, image: &str, link: LinkModel) -> Result<Pull> {
+    let work = Workdir::below(scratch);
+    let config = format!(
+        "[lazy]\nhydration = \"off\"\n[containerd]\naddress = {:?}\n",
+        work.path().join("c/c.sock").display().to_string()
+    );
+    let daemon = Daemon::start(&work.sub("d"), &config);
+    let containerd = Containerd::start(
+        &work.sub("c"),
+        Setup {
+            line: Line::V2_4,
+            snapshotter: Some((daemon.socket(), daemon.root())),
+            cri_snapshotter: "overlayfs".into(),
+            sandbox_image: "none/none:1".into(),
+            hosts_dir: work.sub("hosts"),
+            tuned: true,
+        },
+    );
+    let earlier = client::requests(&daemon.admin())?;
+    lab.set_link(Some(link));
+    let mark = lab.log().mark();
+    let started = Instant::now();
+    let pulled = containerd.ctr_within(
+        120,
+        [
+            "images",
+            "pull",
+            "--plain-http",
+            "--snapshotter",
+            PLUGIN,
+            image,
+        ],
+    );
+    let seconds = started.elapsed().as_secs_f64();
+    lab.set_link(None);
+    if !pulled.status.success() {
+        bail!(
+            "ctr images pull: {}",
+            String::from_utf8_lossy(&pulled.stderr).trim()
+        );
+    }
+    let mut requests = client::requests(&daemon.admin())?;
+    for (method, before) in earlier {
+        let now = requests.entry(method).or_default();
+        now.count -= before.count;
+        now.seconds -= before.seconds;
+    }
+    requests.retain(|_, answered| answered.count > 0.0);
+    let layers = layer_requests(
+        &client::lazy_layers(&daemon.admin())?,
+        &lab.log().entries_since(&mark),
+    )?;
+
+    let target = work.sub("mounted").display().to_string();
+    let started = Instant::now();
+    containerd.ctr(["images", "mount", "--snapshotter", PLUGIN, image, &target]);
+    let mount_seconds = started.elapsed().as_secs_f64();
+    containerd.ctr([
+        "images",
+        "unmount",
+        "--rm",
+        "--snapshotter",
+        PLUGIN,
+        &target,
+    ]);
+    Ok(Pull {
+        seconds,
+        mount_seconds,
+        slowest_layer: layers
+            .values()
+            .map(|layer| layer.seconds())
+            .fold(0.0, f64::max),
+        requests,
+        blob_requests: layers.values().map(|layer| layer.requests).sum(),
+        most_requests: layers
+            .values()
+            .map(|layer| layer.requests)
+            .max()
+            .unwrap_or(0),
+    })
+}
+
+/// One layer, as the registry saw it.
+struct LayerRequests {
+    requests: usize,
+    first_ms: f64,
+    last_ms: f64,
+}
+
+impl LayerRequests {
+    fn seconds(&self) -> f64 {
+        (self.last_ms - self.first_ms) / 1e3
+    }
+}
+
+fn layer_requests(
+    layers: &[serde_json::Value],
+    entries: &[LogEntry],
+) -> Result<BTreeMap<Digest, LayerRequests>> {
+    let mut seen = BTreeMap::new();
+    for layer in layers {
+        let digest: Digest = layer["digest"]
+            .as_str()
+            .context("a layer's digest")?
+            .parse()?;
+        let of_layer = |entry: &&LogEntry| entry.digest == Some(digest);
+        let times = entries.iter().filter(of_layer).map(|entry| {
+            (
+                entry.time_ms,
+                entry.time_ms + entry.duration_ms.unwrap_or(0.0),
+            )
+        });
+        let (first, last) = times.fold((f64::INFINITY, 0.0_f64), |(first, last), (from, to)| {
+            (first.min(from), last.max(to))
+        });
+        let requests = entries.iter().filter(of_layer).count();
+        if requests == 0 {
+            bail!("layer {digest} came without a request");
+        }
+        seen.insert(
+            digest,
+            LayerRequests {
+                requests,
+                first_ms: first,
+                last_ms: last,
+            },
+        );
+    }
+    Ok(seen)
+}
+
+/// Builds the image, each layer with files of its own and one that all of them change.
+fn push(dir: &Path, options: &Options, image: &str) -> Result<()> {
+    let layers: Vec<LayerFiles> = (0..options.layers)
+        .map(|layer| {
+            let mut files = LayerFiles::new();
+            let own = format!("layer-{layer:03}");
+            files.add_directory(Path::new(&own), 0o755);
+            files.add_text(Path::new("changed-by-all"), &own);
+            for file in 0..options.files {
+                let text = format!("{own} {file}\n").repeat(100 + file * 7 % 400);
+                files.add_text(Path::new(&format!("{own}/{file:05}")), &text);
+            }
+            files
+        })
+        .collect();
+    let layout = write_layout(dir, &layers, &["/none"], &mut |_| {})?;
+    let output = Command::new(binary("snapctl"))
+        .args([
+            "image",
+            "convert",
+            &format!("oci:{}", layout.dir.display()),
+            image,
+        ])
+        .output()
+        .context("snapctl")?;
+    if !output.status.success() {
+        bail!(
+            "snapctl image convert: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+    }
+    Ok(())
+}
