@@ -1,6 +1,10 @@
 //! Asking a running daemon, from code that is not asynchronous.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
@@ -8,6 +12,21 @@ use serde_json::Value;
 /// What the daemon's admin socket says at `path`.
 pub fn get(admin: &Path, path: &str) -> Result<Value> {
     runtime()?.block_on(core_runtime::admin::get(admin, path))
+}
+
+/// Waits until the daemon knows what the kernel can do, as one that was not started this second
+/// does.
+pub fn wait_until_settled(admin: &Path) -> Result<()> {
+    let limit = Instant::now() + Duration::from_secs(30);
+    loop {
+        let answer = get(admin, "/v1/layers")?;
+        match answer.pointer("/node/lazy") {
+            Some(Value::Bool(true)) => return Ok(()),
+            Some(Value::Bool(false)) => bail!("layers cannot be lazy here: {}", answer["node"]),
+            _ if Instant::now() > limit => bail!("the daemon does not settle"),
+            _ => std::thread::sleep(Duration::from_millis(20)),
+        }
+    }
 }
 
 /// Number and summed seconds of the requests that containerd has sent, by method.

@@ -51,6 +51,8 @@ pub struct Start {
     pub seconds: f64,
     /// Of these, the pull.
     pub pull_seconds: f64,
+    /// Of the pull, what snapshotterd took to answer containerd's requests (0 without one).
+    pub answer_seconds: f64,
     /// Bytes of blobs the registry had served when the line came.
     pub served_bytes: u64,
     /// Requests it had answered.
@@ -108,6 +110,9 @@ impl Bench<'_> {
         };
         let containerd = Containerd::start(&work.sub("c"), setup);
         let snapshotter = if lazy { PLUGIN } else { "overlayfs" };
+        if let Some(daemon) = &daemon {
+            client::wait_until_settled(&daemon.admin())?;
+        }
 
         self.lab.set_link(Some(link));
         let before = self.lab.log().mark();
@@ -130,6 +135,11 @@ impl Bench<'_> {
                 String::from_utf8_lossy(&pulled.stderr).trim()
             );
         }
+        let answers = daemon
+            .as_ref()
+            .map(|daemon| client::requests(&daemon.admin()))
+            .transpose()?
+            .unwrap_or_default();
         let mut container = run_until_ready(&containerd, snapshotter, image, "cold")?;
         let seconds = started.elapsed().as_secs_f64();
         let served = self.lab.log().totals_since(&before);
@@ -154,6 +164,7 @@ impl Bench<'_> {
             system,
             seconds,
             pull_seconds,
+            answer_seconds: answers.values().map(|answered| answered.seconds).sum(),
             served_bytes: served.blob_bytes,
             requests: served.requests,
             demand_bytes: sum("demand"),

@@ -238,18 +238,18 @@ impl Layers {
             .map_err(|detail| NotLazy::Local(detail.into()))
     }
 
-    /// The mount for `key`.
-    pub async fn mount_for(&self, key: &MountKey) -> Result<MountNumber, StoreError> {
-        self.table.mount_for(key).await
+    /// The mounts for `keys`.
+    pub async fn mounts_for(&self, keys: &[MountKey]) -> Result<Vec<MountNumber>, StoreError> {
+        self.table.mounts_for(keys).await
     }
 
     /// Mounts in the background what is likely to be needed soon.
-    pub fn mount_ahead(&self, number: MountNumber) {
+    pub fn mount_ahead(&self, numbers: Vec<MountNumber>) {
         let mounts = Arc::clone(&self.mounts);
         tokio::spawn(async move {
             // Whoever needs it tries again and reports.
-            if let Err(error) = mounts.ensure(&[number], Duration::from_secs(10)).await {
-                tracing::debug!(%number, %error, "not mounted ahead");
+            if let Err(error) = mounts.ensure(&numbers, Duration::from_secs(10)).await {
+                tracing::debug!(?numbers, %error, "not mounted ahead");
             }
         });
     }

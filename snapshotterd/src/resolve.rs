@@ -18,7 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use formats::digest::Digest;
+use formats::{digest::Digest, oci::chain_ids};
 use futures_util::{
     FutureExt as _,
     future::{BoxFuture, Shared},
@@ -50,6 +50,19 @@ pub struct Resolved {
     pub diff_id: Option<Digest>,
 }
 
+/// A layer above the announced one, resolved before containerd asks for it.
+#[derive(Clone, Debug)]
+pub struct Following {
+    /// The chain ID its answer will be committed for.
+    pub chain: Digest,
+    /// The chain ID below.
+    pub below: Digest,
+    /// The layers from this one on.
+    pub layers: Vec<Digest>,
+    /// The layer.
+    pub resolved: Resolved,
+}
+
 /// Resolves images.
 pub struct Resolver {
     documents: Documents,
@@ -63,6 +76,16 @@ struct ImageKey {
     namespace: String,
     image: String,
     manifest: Option<Digest>,
+}
+
+impl ImageKey {
+    fn of(namespace: &str, announced: &Announced) -> Self {
+        Self {
+            namespace: namespace.to_owned(),
+            image: announced.image.clone(),
+            manifest: announced.manifest,
+        }
+    }
 }
 
 /// One image being pulled.
@@ -149,14 +172,49 @@ impl Resolver {
         }
     }
 
+    /// The layers right above the announced one that are known here by now, up to the first that
+    /// is not. Asks nobody and waits for nothing.
+    pub fn following(&self, namespace: &str, announced: &Announced) -> Vec<Following> {
+        let key = ImageKey::of(namespace, announced);
+        let Some(image) = self.images.lock().get(&key).map(Arc::clone) else {
+            return Vec::new();
+        };
+        let Some(Ok(plan)) = image.plan.clone().now_or_never() else {
+            return Vec::new();
+        };
+        let diff_ids: Vec<Digest> = plan
+            .layers
+            .iter()
+            .map_while(|layer| layer.diff_id)
+            .collect();
+        let chains = chain_ids(&diff_ids);
+        let here = chains.iter().zip(&plan.layers).position(|(chain, layer)| {
+            layer.digest == announced.layer && chain.to_string() == announced.chain
+        });
+        let Some(here) = here else {
+            return Vec::new();
+        };
+        let digests: Vec<Digest> = plan.layers.iter().map(|layer| layer.digest).collect();
+        (here + 1..chains.len())
+            .map_while(|index| {
+                let known = image.state.lock();
+                let coming = known.layers.get(&(digests[index], None))?.clone();
+                drop(known);
+                let resolved = coming.now_or_never()?.ok()?;
+                Some(Following {
+                    chain: chains[index],
+                    below: chains[index - 1],
+                    layers: digests[index..].to_vec(),
+                    resolved,
+                })
+            })
+            .collect()
+    }
+
     /// The resolution `announced` belongs to. A layer that is asked for again after a failure
     /// belongs to a new pull, with time of its own.
     fn image(&self, namespace: &str, announced: &Announced) -> Arc<Image> {
-        let key = ImageKey {
-            namespace: namespace.to_owned(),
-            image: announced.image.clone(),
-            manifest: announced.manifest,
-        };
+        let key = ImageKey::of(namespace, announced);
         let mut images = self.images.lock();
         images.retain(|_, image| {
             Arc::strong_count(image) > 1 || image.state.lock().last_used.elapsed() < KEEP_IDLE

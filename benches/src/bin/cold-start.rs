@@ -116,14 +116,17 @@ fn report(link: &LinkModel, starts: &[Start], start_list: u64, image_bytes: u64)
     let warm = median(of(System::Overlayfs).map(|start| start.warm_seconds));
     let floor = floor(link, Duration::from_secs_f64(warm), start_list).as_secs_f64();
     let eager = median(of(System::Overlayfs).map(|start| start.seconds));
-    println!("\n{link}: floor {floor:.2} s (local start {warm:.2} s)");
     println!(
-        "{:31} {:>22} {:>9} {:>8} {:>7}  {:>26} {:>8}",
+        "\n{link} (of these: inside snapshotterd's answers): floor {floor:.2} s (local start {warm:.2} s)"
+    );
+    println!(
+        "{:31} {:>22} {:>9} {:>8} {:>7} {:>8}  {:>26} {:>8}",
         "",
         "seconds (min..max)",
         "of eager",
         "of floor",
         "pull",
+        "of these",
         "MB demand+prefetch (image)",
         "requests"
     );
@@ -141,7 +144,7 @@ fn report(link: &LinkModel, starts: &[Start], start_list: u64, image_bytes: u64)
             needed
         };
         println!(
-            "{:31} {:6.2} ({:5.2}..{:5.2}) {:9.2} {:8.2} {:7.2}  {:15.1} ({:4.1} %) {:8.0}",
+            "{:31} {:6.2} ({:5.2}..{:5.2}) {:9.2} {:8.2} {:7.2} {:8.2}  {:15.1} ({:4.1} %) {:8.0}",
             system.describe(),
             seconds,
             low,
@@ -149,6 +152,7 @@ fn report(link: &LinkModel, starts: &[Start], start_list: u64, image_bytes: u64)
             seconds / eager,
             seconds / floor,
             median(of(system).map(|start| start.pull_seconds)),
+            median(of(system).map(|start| start.answer_seconds)),
             needed / 1e6,
             100.0 * needed / image_bytes as f64,
             median(of(system).map(|start| start.requests as f64)),

@@ -39,7 +39,7 @@ struct Options {
     #[arg(long, default_value_t = 40)]
     layers: usize,
     /// Files of each layer.
-    #[arg(long, default_value_t = 200)]
+    #[arg(long, default_value_t = 100)]
     files: usize,
     /// Links to measure.
     #[arg(long, value_delimiter = ',', default_values = ["wan", "cloud"])]
@@ -146,6 +146,7 @@ fn pull(scratch: &Path, lab: &Lab, image: &str, link: LinkModel) -> Result<Pull>
             tuned: true,
         },
     );
+    client::wait_until_settled(&daemon.admin())?;
     let earlier = client::requests(&daemon.admin())?;
     lab.set_link(Some(link));
     let mark = lab.log().mark();
@@ -259,6 +260,16 @@ fn layer_requests(
     Ok(seen)
 }
 
+/// Text that hardly compresses: hexadecimal digits of hashes.
+fn incompressible(layer: &str, file: usize, len: usize) -> String {
+    let mut text = String::with_capacity(len + 64);
+    while text.len() < len {
+        let seed = format!("{layer}/{file}/{}", text.len());
+        text.push_str(Digest::of(seed.as_bytes()).hex());
+    }
+    text
+}
+
 /// Builds the image, each layer with files of its own and one that all of them change.
 fn push(dir: &Path, options: &Options, image: &str) -> Result<()> {
     let layers: Vec<LayerFiles> = (0..options.layers)
@@ -268,7 +279,7 @@ fn push(dir: &Path, options: &Options, image: &str) -> Result<()> {
             files.add_directory(Path::new(&own), 0o755);
             files.add_text(Path::new("changed-by-all"), &own);
             for file in 0..options.files {
-                let text = format!("{own} {file}\n").repeat(100 + file * 7 % 400);
+                let text = incompressible(&own, file, 4096 + file * 977 % 24_576);
                 files.add_text(Path::new(&format!("{own}/{file:05}")), &text);
             }
             files

@@ -7,6 +7,7 @@
 
 mod answers;
 mod chain;
+mod committed;
 mod routes;
 mod start;
 
@@ -24,16 +25,14 @@ pub use self::start::start;
 use self::{
     answers::Answers,
     chain::{Chain, Link},
+    committed::{Ahead, Layer},
 };
 use super::{CreateRequest, Driver, DriverError, Mount, Prepared, overlayfs::Overlayfs};
 use crate::{
-    layers::{
-        Layers,
-        record::{LazySnapshot, MountKey, Verdict},
-    },
+    layers::{Layers, record::Verdict},
     resolve::{
-        Resolved, Resolver,
-        labels::{Announced, REMOTE, SNAPSHOT_REF},
+        Resolver,
+        labels::{Announced, SNAPSHOT_REF},
         reason::NotLazy,
     },
     store::{
@@ -54,6 +53,7 @@ pub struct Lazy {
     layers: Arc<Layers>,
     resolver: Resolver,
     answers: Answers,
+    ahead: Ahead,
     /// How long a request may take.
     rpc_timeout: Duration,
     /// Lazy answers only for layers that are proven already.
@@ -112,103 +112,17 @@ impl Lazy {
         }
         if let Some(name) = self.answered_before(request, &announced, &resolved)? {
             self.answers.note(request, &announced.chain, &name);
+            self.take_up(request, &name).await?;
             return Ok(());
         }
-        let lazy = self.present(&chain, &resolved).await?;
-        let name = self.record(request, &announced, &lazy).await?;
+        let mut layers = vec![Layer::asked(request, &announced, resolved)];
+        layers.extend(self.above(request, &announced));
+        let layers = self.present(chain, layers).await?;
+        let mounts = layers.iter().filter_map(|layer| layer.lazy.mount).collect();
+        let name = self.commit_answers(request, layers).await?;
         self.answers.note(request, &announced.chain, &name);
-        if let Some(mount) = lazy.mount {
-            self.layers.mount_ahead(mount);
-        }
+        self.layers.mount_ahead(mounts);
         Ok(())
-    }
-
-    /// The name of a snapshot that is exactly this answer already.
-    fn answered_before(
-        &self,
-        request: &CreateRequest,
-        announced: &Announced,
-        resolved: &Resolved,
-    ) -> Result<Option<String>, DriverError> {
-        let reader = self.store.read()?;
-        for key in reader.by_reference(&request.key.snapshotter, &announced.chain)? {
-            let snapshot = reader.snapshot(&key)?;
-            let same = snapshot.info.kind == Kind::Committed
-                && snapshot.info.parent.as_deref() == request.parent.as_deref()
-                && self.layers.snapshot(snapshot.id).is_some_and(|lazy| {
-                    lazy.layer == resolved.record.number && lazy.diff_id == resolved.diff_id
-                });
-            if same {
-                return Ok(Some(snapshot.info.name));
-            }
-        }
-        Ok(None)
-    }
-
-    /// Chooses the layer's metadata image for this chain and reserves its mount.
-    async fn present(&self, chain: &Chain, resolved: &Resolved) -> Result<LazySnapshot, NotLazy> {
-        let record = &resolved.record;
-        let below = chain.lookups(&self.layers, &self.overlayfs);
-        let variant = self.layers.variant(record, below).await?;
-        let mount = if record.empty {
-            None
-        } else {
-            let key = MountKey {
-                layer: record.number,
-                occurrence: chain.occurrences(record.number, &variant),
-                variant: variant.clone(),
-            };
-            let number = self.layers.mount_for(&key).await;
-            Some(number.map_err(|error| NotLazy::local(&error))?)
-        };
-        Ok(LazySnapshot {
-            layer: record.number,
-            variant,
-            mount,
-            diff_id: resolved.diff_id,
-        })
-    }
-
-    /// Commits the answer. Its name is the chain ID, unless another identity has that name.
-    async fn record(
-        &self,
-        request: &CreateRequest,
-        announced: &Announced,
-        lazy: &LazySnapshot,
-    ) -> Result<String, DriverError> {
-        let reservation = self.store.reserve_id().await?;
-        let id = reservation.id();
-        let mut labels = request.labels.clone();
-        labels.insert(REMOTE.to_owned(), "remote snapshot".to_owned());
-        let mut name = announced.chain.clone();
-        loop {
-            let new = CreateSnapshot {
-                key: request.key.sibling(&name),
-                kind: Kind::Committed,
-                parent: request.parent.clone(),
-                labels: labels.clone(),
-                id,
-            };
-            let bound = lazy.clone();
-            let created = self
-                .store
-                .write(Durability::Now, move |writer| {
-                    let snapshot = writer.create(&new)?;
-                    Layers::bind(writer, id, &bound)?;
-                    Ok(snapshot)
-                })
-                .await;
-            match created {
-                Ok(_) => {
-                    self.layers.bound(id, lazy.clone());
-                    return Ok(name);
-                }
-                Err(StoreError::AlreadyExists { .. }) if name == announced.chain => {
-                    name = format!("{}+{id}", announced.chain);
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
     }
 
     /// Makes an active snapshot or a view.

@@ -88,9 +88,14 @@ impl Layers {
             hydrate::Verdict::Unprovable { reason } => Verdict::Unprovable(reason.clone()),
         };
         let (complete, actual) = (outcome.complete, outcome.diff_id);
+        // The proof is on disk beside the blob; what is lost here is read from there again.
+        let durability = match verdict {
+            Verdict::Refuted(_) => Durability::Now,
+            _ => Durability::Soon,
+        };
         let record = self
             .table
-            .update(number, Durability::Now, move |record| {
+            .update(number, durability, move |record| {
                 record.verdict = verdict.clone();
                 record.complete = complete;
                 // What claims are compared with from now on.

@@ -233,27 +233,38 @@ impl LayerTable {
         Ok(true)
     }
 
-    /// The mount for `key`, under a new number if there is none yet.
-    pub async fn mount_for(&self, key: &MountKey) -> Result<MountNumber, StoreError> {
-        let wanted = key.clone();
-        let number = self
+    /// The mounts for `keys`, under new numbers where there is none yet.
+    pub async fn mounts_for(&self, keys: &[MountKey]) -> Result<Vec<MountNumber>, StoreError> {
+        let wanted = keys.to_vec();
+        let numbers = self
             .store
             .write(Durability::Soon, move |writer| {
                 let transaction = writer.transaction();
                 let mut keys = transaction.open_table(MOUNT_KEYS)?;
-                let name = wanted.to_string();
-                if let Some(number) = keys.get(name.as_str())? {
-                    return Ok(MountNumber(number.value()));
-                }
-                let number = next(writer, MOUNT_COUNTER)?;
-                keys.insert(name.as_str(), number)?;
                 let mut mounts = transaction.open_table(MOUNTS)?;
-                mounts.insert(number, encode(&wanted)?.as_slice())?;
-                Ok(MountNumber(number))
+                let mut numbers = Vec::with_capacity(wanted.len());
+                for key in &wanted {
+                    let name = key.to_string();
+                    let known = keys.get(name.as_str())?.map(|number| number.value());
+                    let number = if let Some(number) = known {
+                        number
+                    } else {
+                        let number = next(writer, MOUNT_COUNTER)?;
+                        keys.insert(name.as_str(), number)?;
+                        mounts.insert(number, encode(key)?.as_slice())?;
+                        number
+                    };
+                    numbers.push(MountNumber(number));
+                }
+                Ok(numbers)
             })
             .await?;
-        self.memory.write().mounts.insert(number, key.clone());
-        Ok(number)
+        let mut memory = self.memory.write();
+        for (number, key) in numbers.iter().zip(keys) {
+            memory.mounts.insert(*number, key.clone());
+        }
+        drop(memory);
+        Ok(numbers)
     }
 
     /// What a mount number stands for.

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use formats::digest::Digest;
 
-use super::reason::NotLazy;
+use super::{Following, reason::NotLazy};
 
 /// The chain ID that a committed answer has to carry; its presence marks an extraction Prepare.
 pub const SNAPSHOT_REF: &str = "containerd.io/snapshot.ref";
@@ -34,6 +34,9 @@ const LAYERS: [&str; 2] = [
 ];
 const MANIFEST_DIGEST: &str = "containerd.io/snapshot/cri.manifest-digest";
 const DIFF_ID: &str = "containerd.io/snapshot/diff-id";
+
+/// Key and value of a label together hold at most this many bytes in containerd.
+const LABEL_LIMIT: usize = 4096;
 
 /// At most this many layers are taken from a label (a label holds about 56).
 const MAX_LAYERS: usize = 128;
@@ -117,6 +120,57 @@ impl Announced {
     }
 }
 
+/// The labels containerd will send for a layer further up of the same image, as far as they can
+/// be told from those of one below: what is copied from the image stays, what names the layer is
+/// replaced, what cannot be known is left out.
+pub fn labels_above(
+    labels: &BTreeMap<String, String>,
+    following: &Following,
+) -> BTreeMap<String, String> {
+    let record = &following.resolved.record;
+    let mut above = labels.clone();
+    let mut replace = |key: &str, value: Option<String>| match value {
+        Some(value) if above.contains_key(key) => {
+            above.insert(key.to_owned(), value);
+        }
+        _ => {
+            above.remove(key);
+        }
+    };
+    replace(SNAPSHOT_REF, Some(following.chain.to_string()));
+    replace(PARENT_CHAIN, Some(following.below.to_string()));
+    replace(TOC_DIGEST, Some(record.identity.index.to_string()));
+    replace(
+        DIFF_ID,
+        following.resolved.diff_id.map(|digest| digest.to_string()),
+    );
+    for key in LAYER_DIGEST {
+        replace(key, Some(record.identity.layer.to_string()));
+    }
+    for key in LAYERS {
+        let room = LABEL_LIMIT.saturating_sub(key.len());
+        replace(key, Some(list_within(&following.layers, room)));
+    }
+    above
+}
+
+/// Digests separated by commas, as many as fit into `room` bytes.
+fn list_within(digests: &[Digest], room: usize) -> String {
+    let mut list = String::new();
+    for digest in digests {
+        let digest = digest.to_string();
+        let comma = usize::from(!list.is_empty());
+        if list.len() + comma + digest.len() > room {
+            break;
+        }
+        if comma == 1 {
+            list.push(',');
+        }
+        list.push_str(&digest);
+    }
+    list
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -175,5 +229,16 @@ mod tests {
                 Err(NotLazy::BadLabel { .. })
             ));
         }
+    }
+
+    #[test]
+    fn a_list_holds_whole_digests_and_fits() {
+        let digests: Vec<Digest> = (0..80_u8).map(|n| Digest::of(&[n])).collect();
+        let list = list_within(&digests, LABEL_LIMIT - LAYERS[0].len());
+        assert!(list.len() + LAYERS[0].len() <= LABEL_LIMIT);
+        let read: Vec<Digest> = list.split(',').map(|one| one.parse().unwrap()).collect();
+        assert_eq!(read, digests[..read.len()]);
+        assert!(read.len() > 50, "{}", read.len());
+        assert_eq!(list_within(&digests[..1], 10), "");
     }
 }

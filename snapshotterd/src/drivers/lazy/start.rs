@@ -11,6 +11,7 @@ use super::{
     super::{Context, Driver, DriverError, overlayfs::Overlayfs},
     Lazy,
     answers::Answers,
+    committed::Ahead,
     routes,
 };
 use crate::{
@@ -83,6 +84,7 @@ pub fn start(context: &Context, overlayfs: Arc<Overlayfs>) -> Result<Arc<dyn Dri
         layers,
         resolver,
         answers: Answers::default(),
+        ahead: Ahead::default(),
         rpc_timeout: config.rpc_timeout.0,
         only_proven: config.lazy.trust == TrustPolicy::Proven,
     }))
