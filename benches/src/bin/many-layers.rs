@@ -265,7 +265,7 @@ fn incompressible(layer: &str, file: usize, len: usize) -> String {
     let mut text = String::with_capacity(len + 64);
     while text.len() < len {
         let seed = format!("{layer}/{file}/{}", text.len());
-        text.push_str(Digest::of(seed.as_bytes()).hex());
+        text.push_str(&Digest::of(seed.as_bytes()).hex());
     }
     text
 }
