@@ -199,7 +199,7 @@ fn pull(scratch: &Path, lab: &Lab, image: &str, link: LinkModel) -> Result<Pull>
         mount_seconds,
         slowest_layer: layers
             .values()
-            .map(|layer| layer.seconds())
+            .map(LayerRequests::seconds)
             .fold(0.0, f64::max),
         requests,
         blob_requests: layers.values().map(|layer| layer.requests).sum(),
