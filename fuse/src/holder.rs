@@ -7,7 +7,7 @@
 
 mod client;
 mod keeper;
-mod protocol;
+pub(crate) mod protocol;
 mod server;
 
 use std::path::PathBuf;

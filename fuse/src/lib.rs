@@ -16,6 +16,9 @@
 
 pub mod blobfs;
 pub mod command;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod holder;
 pub mod mounts;
 pub mod probe;

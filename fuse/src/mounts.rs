@@ -9,7 +9,7 @@
 mod child;
 mod helper;
 mod mountinfo;
-mod request;
+pub(crate) mod request;
 
 pub use child::run_child;
 pub use helper::{ErofsMount, Helper, HelperError, Leftover, OverlayMount, ReadReport, StatFs};

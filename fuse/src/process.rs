@@ -94,6 +94,12 @@ fn parse_stat(bytes: &[u8]) -> Option<Stat> {
     Some(Stat { state, started })
 }
 
+/// A `stat` file below /proc. For fuzzing.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn fuzz_stat(data: &[u8]) {
+    let _ = parse_stat(data);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -209,7 +209,8 @@ fn check_size(expected: u64, actual: u64) -> Result<(), TableError> {
 /// Most reader threads a table has room for.
 pub(crate) const READERS: usize = MAX_READERS;
 
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
+#[expect(clippy::unwrap_used, reason = "for tests and fuzzing only")]
 pub(crate) fn scratch() -> OwnedFd {
     let flags = rustix::fs::MemfdFlags::CLOEXEC | rustix::fs::MemfdFlags::ALLOW_SEALING;
     let fd = rustix::fs::memfd_create("table", flags).unwrap();

@@ -15,6 +15,9 @@ pub mod config;
 pub mod containerd;
 pub mod daemon;
 pub mod drivers;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod layers;
 pub mod lock;
 pub mod logging;

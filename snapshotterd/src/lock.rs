@@ -226,6 +226,16 @@ impl Stat {
     }
 }
 
+/// A lock file, and a `stat` file below /proc. For fuzzing.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn fuzz(data: &[u8]) {
+    let _ = Stat::parse(data);
+    if let Ok(holder) = serde_json::from_slice::<Holder>(data) {
+        let text = serde_json::to_vec(&holder).unwrap_or_default();
+        assert_eq!(serde_json::from_slice::<Holder>(&text).ok(), Some(holder));
+    }
+}
+
 /// Two starters decide one after the other. Held for a few file operations only, before the
 /// process touches anything that can block, so a dead holder is gone at once.
 struct Guard(#[expect(dead_code, reason = "closing it unlocks")] fs::File);

@@ -1,9 +1,10 @@
 //! Resolving images: from the labels of the first extraction Prepare to every layer of the image
 //! being known on this node, all layers at once.
 //!
-//! One [`Resolver`] serves all images and namespaces. An image gets a fixed time from its first
-//! Prepare on; what is not resolved by then is unpacked ordinarily. Layers are resolved once per
-//! identity, whoever asks.
+//! One [`Resolver`] serves all images and namespaces. The layers that the first Prepare lists get a
+//! fixed time together from then on; those that only a later one lists (a label holds about 56) get
+//! the same from when they are first heard of, unless the image has run out of time before. What is
+//! not resolved by then is unpacked ordinarily. Layers are resolved once per identity, whoever asks.
 
 pub mod labels;
 pub mod plan;
@@ -97,10 +98,19 @@ struct Image {
 }
 
 struct ImageState {
-    layers: HashMap<(Digest, Option<Digest>), Outcome<Resolved>>,
+    layers: HashMap<(Digest, Option<Digest>), Begun>,
     asked: HashMap<Digest, usize>,
     failed: bool,
+    /// A layer was not resolved in time: the others get no time of their own any more.
+    late: bool,
     last_used: Instant,
+}
+
+/// A layer that is being resolved for an image.
+#[derive(Clone)]
+struct Begun {
+    outcome: Outcome<Resolved>,
+    at: tokio::time::Instant,
 }
 
 impl Resolver {
@@ -121,13 +131,20 @@ impl Resolver {
         announced: &Announced,
     ) -> Result<Resolved, NotLazy> {
         let image = self.image(namespace, announced);
-        let outcome = self.layer(&image, announced);
-        let answer = tokio::time::timeout_at(image.deadline, outcome)
+        self.start_all(&image, announced);
+        let begun = self.start(&image, announced.layer, announced.toc);
+        let deadline = if image.state.lock().late {
+            image.deadline
+        } else {
+            image.deadline.max(begun.at + self.limit)
+        };
+        let answer = tokio::time::timeout_at(deadline, begun.outcome)
             .await
             .unwrap_or_else(|_| Err(self.too_late(&image, announced)));
         let mut state = image.state.lock();
         state.last_used = Instant::now();
         state.failed |= answer.is_err();
+        state.late |= matches!(answer, Err(NotLazy::Deadline { .. }));
         drop(state);
         // Without a manifest digest nothing but the label binds the index.
         if announced.manifest.is_none() && announced.toc.is_none() {
@@ -239,13 +256,12 @@ impl Resolver {
                 layers: HashMap::new(),
                 asked: HashMap::from([(announced.layer, 1)]),
                 failed: false,
+                late: false,
                 last_used: Instant::now(),
             }),
             key: key.clone(),
         });
         images.insert(key, Arc::clone(&image));
-        drop(images);
-        self.start_all(&image, announced);
         image
     }
 
@@ -272,24 +288,15 @@ impl Resolver {
         }
     }
 
-    fn layer(&self, image: &Arc<Image>, announced: &Announced) -> Outcome<Resolved> {
-        self.start(image, announced.layer, announced.toc)
-    }
-
     /// Resolves a layer once per image. What binds its index is the manifest that the request
     /// named by digest; without one, the layer's own label, and the manifest that the image's name
     /// leads to only gives what can be checked: size, DiffID, and a head start for later layers.
-    fn start(
-        &self,
-        image: &Arc<Image>,
-        digest: Digest,
-        label: Option<Digest>,
-    ) -> Outcome<Resolved> {
+    fn start(&self, image: &Arc<Image>, digest: Digest, label: Option<Digest>) -> Begun {
         let by_manifest = image.key.manifest.is_some();
         let label = label.filter(|_| !by_manifest);
         let mut state = image.state.lock();
-        if let Some(outcome) = state.layers.get(&(digest, label)) {
-            return outcome.clone();
+        if let Some(begun) = state.layers.get(&(digest, label)) {
+            return begun.clone();
         }
         let (plan, layers, key) = (
             image.plan.clone(),
@@ -328,9 +335,12 @@ impl Resolver {
             let record = layers.obtain(wanted).await?;
             Ok(Resolved { record, diff_id })
         };
-        let outcome = spawn(resolve, "layer");
-        state.layers.insert((digest, label), outcome.clone());
-        outcome
+        let begun = Begun {
+            outcome: spawn(resolve, "layer"),
+            at: tokio::time::Instant::now(),
+        };
+        state.layers.insert((digest, label), begun.clone());
+        begun
     }
 }
 

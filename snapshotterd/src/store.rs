@@ -21,7 +21,7 @@ mod error;
 pub mod filter;
 mod ids;
 mod reader;
-mod schema;
+pub(crate) mod schema;
 mod types;
 mod writer;
 

@@ -57,6 +57,9 @@ mod dial;
 mod endpoint;
 mod error;
 mod exchange;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod hosts;
 mod manifests;
 mod proxy;

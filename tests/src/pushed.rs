@@ -195,7 +195,10 @@ fn config(diff_ids: Vec<Digest>, command: &[&str]) -> Vec<u8> {
 }
 
 /// One gzip member.
-fn gzip(data: &[u8]) -> Vec<u8> {
+///
+/// # Panics
+/// Never: writing to memory does not fail.
+pub fn gzip(data: &[u8]) -> Vec<u8> {
     let mut encoder = GzEncoder::new(Vec::new(), flate2::Compression::new(6));
     encoder.write_all(data).expect("memory takes bytes");
     encoder.finish().expect("memory takes bytes")

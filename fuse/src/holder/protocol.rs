@@ -143,6 +143,22 @@ impl Packet {
     }
 }
 
+/// A packet, or an error; what was read is written and read again. For fuzzing.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn fuzz(data: &[u8]) {
+    let Ok(packet) = Packet::decode(data) else {
+        return;
+    };
+    assert!(data.len() <= HEADER + 2 * usize::from(u16::MAX));
+    let written = packet.encode();
+    if packet.name.len().max(packet.text.len()) <= LONGEST / 3 {
+        assert_eq!(Packet::decode(&written), Ok(packet));
+    } else {
+        // Longer ones are cut.
+        assert!(written.len() <= LONGEST);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

@@ -23,12 +23,15 @@ pub(crate) const LANDING_OFFSET: usize = 8192;
 /// Length of a landing, the least that the kernel accepts.
 pub(crate) const LANDING_BYTES: usize = crate::sys::abi::MIN_READ_BUFFER;
 
+/// Whether tables are made by the thousand: in this crate's unit tests, and when fuzzing.
+const SMALL: bool = cfg!(any(test, feature = "fuzzing"));
+
 /// Byte offset of the file-handle table.
 pub(crate) const HANDLES_OFFSET: usize = LANDING_OFFSET + MAX_READERS * LANDING_BYTES;
 /// Length of a handle: tag, node.
 pub(crate) const HANDLE_BYTES: usize = 16;
-/// Handles. Few in this crate's unit tests, which make tables by the thousand.
-pub(crate) const MAX_HANDLES: usize = if cfg!(test) { 512 } else { 65_536 };
+/// Handles. Few in small tables.
+pub(crate) const MAX_HANDLES: usize = if SMALL { 512 } else { 65_536 };
 
 /// Everything before the records; mapped in one piece.
 pub(crate) const HEAD_BYTES: usize = HANDLES_OFFSET + MAX_HANDLES * HANDLE_BYTES;
@@ -36,8 +39,8 @@ pub(crate) const HEAD_BYTES: usize = HANDLES_OFFSET + MAX_HANDLES * HANDLE_BYTES
 pub(crate) const RECORDS_OFFSET: usize = HEAD_BYTES;
 /// Length of a record.
 pub(crate) const RECORD_BYTES: usize = 128;
-/// Records added at a time. Few in unit tests, as above.
-pub(crate) const SEGMENT_RECORDS: usize = if cfg!(test) { 512 } else { 65_536 };
+/// Records added at a time. Few in small tables.
+pub(crate) const SEGMENT_RECORDS: usize = if SMALL { 512 } else { 65_536 };
 /// Length of a segment of records.
 pub(crate) const SEGMENT_BYTES: usize = SEGMENT_RECORDS * RECORD_BYTES;
 /// A table has room for a million requests; the kernel sends no more than 65,535 at a time, plus

@@ -51,7 +51,7 @@ impl fmt::Debug for Routes {
 }
 
 impl Query {
-    pub(super) fn parse(text: &str) -> Self {
+    pub(crate) fn parse(text: &str) -> Self {
         Self(
             text.split('&')
                 .filter(|pair| !pair.is_empty())

@@ -90,6 +90,18 @@ impl Record {
     }
 }
 
+/// A stored record, or an error; what was read is written and read again. For fuzzing.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn fuzz(data: &[u8]) {
+    let Ok(record) = Record::parse(data, "key") else {
+        return;
+    };
+    let _ = (record.kind("key"), record.usage());
+    let written = record.encode_to_vec();
+    let again = Record::parse(&written, "key").map(|record| record.encode_to_vec());
+    assert_eq!(again.ok(), Some(written));
+}
+
 /// Creates the tables, checks the version and reserves the first block of ids.
 pub(super) fn prepare(database: &Database) -> Result<Range<u64>, StoreError> {
     let mut transaction = database.begin_write()?;

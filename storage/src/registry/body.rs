@@ -145,7 +145,7 @@ pub(super) async fn error_message(reply: Response<Incoming>) -> String {
 }
 
 /// The errors of an OCI error reply, or else the start of whatever text it is.
-fn readable(body: &[u8]) -> String {
+pub(super) fn readable(body: &[u8]) -> String {
     let said = serde_json::from_slice::<serde_json::Value>(body)
         .ok()
         .and_then(|json| {

@@ -6,7 +6,7 @@ use std::{fmt, io, path::PathBuf, sync::Arc, time::Duration};
 pub use self::docker::{DockerConfig, DockerConfigOptions};
 use crate::source::BoxFuture;
 
-mod docker;
+pub(super) mod docker;
 mod keychain;
 
 /// A text that never shows in debug output or errors.

@@ -323,7 +323,7 @@ fn sensitive(value: &str) -> Option<HeaderValue> {
     Some(value)
 }
 
-fn parse_reply(body: &[u8]) -> Option<Token> {
+pub(super) fn parse_reply(body: &[u8]) -> Option<Token> {
     let json: Value = serde_json::from_slice(body).ok()?;
     let text = ["access_token", "token"].iter().find_map(|name| {
         json.get(*name)

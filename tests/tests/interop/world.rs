@@ -40,6 +40,15 @@ pub(crate) fn all_proven(fixture: &Fixture) {
 /// Asserts the bound on what the registry sent of each layer: 1.01 of its size, or for layers
 /// where that is less than one request of 64 KiB, its size and one such request.
 pub(crate) fn within_egress_bound(totals: &Totals, layers: &[(Digest, u64)]) {
+    let unique: std::collections::BTreeMap<_, _> = layers.iter().copied().collect();
+    let all: u64 = unique.values().sum();
+    let sent_of = |digest| totals.blobs.get(digest).map_or(0, |blob| blob.bytes);
+    let sent: u64 = unique.keys().map(sent_of).sum();
+    eprintln!("all layers: {sent} of {all} bytes sent");
+    assert!(
+        sent <= (all + all / 100).max(all + ONE_REQUEST),
+        "{sent} bytes sent of {all}"
+    );
     for (digest, size) in layers {
         let sent = totals.blobs.get(digest).map_or(0, |blob| blob.bytes);
         let bound = (size + size / 100).max(size + ONE_REQUEST);

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use lab::{Lab, LabOptions};
 use suite::{
-    host::Host,
+    host::{Came, Host},
     images::noise,
     pushed::{PushedImage, PushedLayer, cri_labels},
     tarball::Tarball,
@@ -66,6 +66,73 @@ fn a_forged_toc_pulled_first_never_reaches_the_genuine_image() {
         assert_eq!(read(&host, &again, "again").await, b"forgery");
         let top = fixture.pull_lazily(&host, &genuine).await;
         assert_eq!(read(&host, &top, "last").await, b"genuine");
+    });
+}
+
+/// On the host that has the genuine image, the genuine bytes are what is served under the digest:
+/// the forged TOC digest matches nothing, and the genuine image is none the worse for it.
+#[test]
+fn a_forged_toc_digest_on_the_same_host_is_refused_and_does_not_stick() {
+    if !ready() {
+        return;
+    }
+    let fixture = Fixture::new(&format!("{CONFIG}lazy.hydration = \"off\"\n"));
+    let (good, bad) = (layer(b"genuine"), layer(b"forgery"));
+    let mut paired = good.clone();
+    paired.descriptor.annotations = bad.descriptor.annotations.clone();
+    let forged = PushedImage::push(&fixture.lab, "a/forged", "1", &[paired]);
+    let genuine = PushedImage::push(&fixture.lab, "a/genuine", "1", std::slice::from_ref(&good));
+    assert_eq!(genuine.chains, forged.chains);
+    assert_eq!(genuine.layers[0].digest(), forged.layers[0].digest());
+    runtime().block_on(async {
+        for namespace in ["default", "other"] {
+            let host = fixture.host(namespace).await;
+            // A namespace of its own: unpacked, it is an ordinary snapshot under the chain's name.
+            let victim = fixture.host(&format!("forged-{namespace}")).await;
+            let (top, came) = victim.pull(&forged, cri_labels).await;
+            assert_eq!(came, [Came::Unpacked]);
+            let (_, container) = fixture.container(&victim, &top, "forged").await;
+            let read = std::fs::read(container.path().join("program")).expect("a file");
+            assert_eq!(read, b"genuine", "what the digest of the layer says");
+            let top = fixture.pull_lazily(&host, &genuine).await;
+            let (_, container) = fixture.container(&host, &top, "genuine").await;
+            fixture.same_tree(&genuine, container.path(), &[]);
+        }
+        let (_, layers) = fixture.admin("GET", "/v1/layers");
+        let why = layers["not_lazy"][0]["why_not"].as_str().expect("a reason");
+        let lie = &forged.layers[0].descriptor.annotations[formats::oci::ANNOTATION_TOC_DIGEST];
+        assert!(why.contains(lie.as_str()), "{why}");
+    });
+}
+
+/// A host that serves the forger's bytes under the genuine digest in the forger's repository.
+#[test]
+fn a_host_that_serves_two_blobs_under_one_digest_mixes_nothing() {
+    if !ready() {
+        return;
+    }
+    let fixture = Fixture::new(&format!("{CONFIG}lazy.hydration = \"off\"\n"));
+    let (good, bad) = (layer(b"genuine"), layer(b"forgery"));
+    let mut paired = good.clone();
+    paired.descriptor.annotations = bad.descriptor.annotations.clone();
+    paired.descriptor.size = bad.blob.len() as u64;
+    let forged = PushedImage::push(&fixture.lab, "a/forged", "1", &[paired]);
+    let genuine = PushedImage::push(&fixture.lab, "a/genuine", "1", std::slice::from_ref(&good));
+    let path = fixture.lab.store().blob_path(&good.digest());
+    runtime().block_on(async {
+        let host = fixture.host("default").await;
+        let read = async |top: &str, name: &str| {
+            let (_, container) = fixture.container(&host, top, name).await;
+            std::fs::read(container.path().join("program")).expect("a file")
+        };
+        std::fs::write(&path, &bad.blob).expect("the forger's bytes");
+        let top = fixture.pull_lazily(&host, &forged).await;
+        assert_eq!(read(&top, "forged").await, b"forgery");
+        std::fs::write(&path, &good.blob).expect("the genuine bytes");
+        let top = fixture.pull_lazily(&host, &genuine).await;
+        assert_eq!(read(&top, "genuine").await, b"genuine");
+        let (_, container) = fixture.container(&host, &top, "whole").await;
+        fixture.same_tree(&genuine, container.path(), &[]);
     });
 }
 

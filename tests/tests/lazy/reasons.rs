@@ -136,6 +136,52 @@ fn each_reason_is_recorded_and_shown() {
     });
 }
 
+/// Layers that no TOC can describe so that the tree comes out as an unpack makes it, although
+/// their TOC digest is in the manifest.
+#[test]
+fn layers_that_a_toc_cannot_represent_are_unpacked() {
+    if !ready() {
+        return;
+    }
+    let tar = |build: &dyn Fn(&mut Tarball)| {
+        let mut tar = Tarball::new();
+        tar.file("before", b"1");
+        build(&mut tar);
+        tar.file("after", b"2").finish()
+    };
+    let cases = [
+        (
+            "replacement",
+            tar(&|tar| {
+                tar.file("na\u{fffd}me", b"x");
+            }),
+            "U+FFFD",
+        ),
+        (
+            "overlay",
+            tar(&|tar| {
+                tar.xattr("trusted.overlay.redirect", b"/x").dir("d");
+            }),
+            "overlay",
+        ),
+    ];
+    let fixture = Fixture::new(CONFIG);
+    runtime().block_on(async {
+        for (name, tar, part) in cases {
+            let layer = PushedLayer::estargz(&tar);
+            assert!(layer.toc().is_some(), "{name}");
+            let digest = layer.digest().to_string();
+            let image = PushedImage::push(&fixture.lab, &format!("u/{name}"), "1", &[layer]);
+            let host = fixture.host(name).await;
+            let (_, came) = host.pull(&image, cri_labels).await;
+            assert_eq!(came, [Came::Unpacked], "{name}");
+            let (_, layers) = fixture.admin("GET", &format!("/v1/images?ref={}", image.reference));
+            let why = layers["not_lazy"][0]["why_not"].as_str().expect("a reason");
+            assert!(why.contains(part) && why.contains(&digest), "{name}: {why}");
+        }
+    });
+}
+
 #[test]
 fn a_registry_that_stalls_costs_the_deadline_once() {
     if !ready() {

@@ -3,8 +3,9 @@
 use std::{collections::BTreeMap, fs::File, os::unix::fs::FileExt as _};
 
 use suite::{
-    images::noise,
-    pushed::{PushedImage, PushedLayer},
+    images::{noise, oddities},
+    listing::list,
+    pushed::{PushedImage, PushedLayer, cri_labels},
     tarball::Tarball,
 };
 
@@ -67,6 +68,88 @@ fn survives(stop: impl Fn(&mut Fixture)) {
         let second = host.mount("second", &mounts);
         fixture.same_tree(&image, second.path(), &IMPLIED);
     });
+}
+
+/// Inode numbers, and everything else, of the container that runs and of one that is made after
+/// the restart: lazy layers, ordinary ones, hard links, an empty layer, a layer twice.
+fn inodes_stay(stop: impl Fn(&mut Fixture), unmounted: bool) {
+    if !ready() {
+        return;
+    }
+    let mut fixture = Fixture::new(&format!("{CONFIG}lazy.hydration = \"off\"\n"));
+    let layers: Vec<_> = oddities()
+        .iter()
+        .enumerate()
+        .map(|(index, tar)| match index {
+            3 => PushedLayer::gzip(tar),
+            _ => PushedLayer::estargz(tar),
+        })
+        .collect();
+    let image = PushedImage::push(&fixture.lab, "a/odd", "1", &layers);
+    let runtime = runtime();
+    let (parent, key, before, container) = runtime.block_on(async {
+        let host = fixture.host("default").await;
+        let (parent, _) = host.pull(&image, cri_labels).await;
+        let (key, container) = fixture.container(&host, &parent, "c").await;
+        let before = list(container.path()).expect("the tree");
+        (parent, key, before, container)
+    });
+    assert!(before.len() > 300, "{}", before.len());
+    let container = if unmounted {
+        drop(container);
+        None
+    } else {
+        Some(container)
+    };
+    stop(&mut fixture);
+    fixture.daemon.restart();
+    assert_eq!(fixture.recovered(), serde_json::json!([]));
+    if let Some(container) = container {
+        let after = list(container.path()).expect("the same tree");
+        assert!(after == before, "the running container's tree has changed");
+    }
+    runtime.block_on(async {
+        let host = fixture.host("default").await;
+        let mounts = host.mounts(&key).await.expect("Mounts after a restart");
+        let again = host.mount("again", &mounts);
+        let found = list(again.path()).expect("the tree, mounted again");
+        same_inodes(&before, &found);
+        drop(again);
+        let (_, second) = fixture.container(&host, &parent, "second").await;
+        same_inodes(&before, &list(second.path()).expect("a second container"));
+    });
+}
+
+/// Asserts that two listings agree in everything but what belongs to a container's own directory.
+fn same_inodes(before: &suite::listing::Listing, after: &suite::listing::Listing) {
+    let names = |listing: &suite::listing::Listing| listing.keys().cloned().collect::<Vec<_>>();
+    assert_eq!(names(before), names(after));
+    for (path, row) in before
+        .iter()
+        .filter(|(path, _)| !path.as_os_str().is_empty())
+    {
+        assert_eq!(*row, after[path], "{}", path.display());
+    }
+}
+
+#[test]
+fn inode_numbers_stay_over_sigterm() {
+    inodes_stay(|fixture| fixture.daemon.terminate(), false);
+}
+
+#[test]
+fn inode_numbers_stay_over_kill_9() {
+    inodes_stay(|fixture| fixture.daemon.kill(), false);
+}
+
+/// As over a reboot: every mount is made anew.
+#[test]
+fn inode_numbers_stay_when_everything_is_mounted_anew() {
+    let unmount = |fixture: &mut Fixture| {
+        let unmounted = fixture.daemon.unmount();
+        assert!(unmounted.status.success(), "{unmounted:?}");
+    };
+    inodes_stay(unmount, true);
 }
 
 #[test]

@@ -172,6 +172,45 @@ fn signals_do_no_harm_to_a_blocked_reader() {
     eprintln!("{report:?}");
 }
 
+/// Nobody is there who could answer or abandon the read: the signal alone ends it.
+#[test]
+fn a_blocked_reader_dies_when_killed_with_no_daemon_alive() {
+    if !ready(200) {
+        return;
+    }
+    let mut fixture = fixture();
+    let (image, sums) = push_remote(&fixture.lab, "a/b", 14, &[sizes(0, &[600_000, 70_000])]);
+    let root = container(&fixture, &image, "c");
+    let rules = stall(&fixture, &image);
+    let scratch = fixture.work.sub("w");
+    let mut blocked = Worker::start(&scratch, "a", Job::Threads, root.path(), &sums);
+    wait_for("the readers to be blocked", SOON, || {
+        blocked.assert_running("before it was blocked");
+        blocked.blocked() >= 2
+    });
+    fixture.daemon.kill();
+    // And one that comes while nobody serves.
+    let mut late = Worker::start(&scratch, "late", Job::Threads, root.path(), &sums);
+    wait_for("the late readers to be blocked", SOON, || {
+        late.blocked() >= 2
+    });
+    for reader in [&mut blocked, &mut late] {
+        reader.assert_running("with no daemon alive");
+        let began = Instant::now();
+        reader.send_kill();
+        reader.ended(Duration::from_secs(30));
+        eprintln!("dead after {:?}", began.elapsed());
+    }
+    // What the dead left is no obstacle.
+    for rule in rules {
+        fixture.lab.release(rule);
+    }
+    fixture.daemon.restart();
+    assert_eq!(fixture.recovered(), serde_json::json!([]));
+    let report = Worker::start(&scratch, "b", Job::Threads, root.path(), &sums).finish(LONG);
+    assert_eq!(report.passes, 2);
+}
+
 fn tgkill(pid: Pid, task: Pid, signal: Signal) {
     // SAFETY: sends a signal to a thread of a child of ours that has not been waited for.
     let done = unsafe {

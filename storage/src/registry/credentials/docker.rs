@@ -141,13 +141,15 @@ impl ConfigFile {
         if text.trim_ascii().is_empty() {
             return Ok(None);
         }
-        serde_json::from_slice(&text)
-            .map(Some)
-            .map_err(|error| CredentialsError::Syntax {
-                // The error of serde_json may quote the value: say only where it is.
-                problem: format!("line {}, column {}", error.line(), error.column()),
-                path,
-            })
+        Self::parse(&text, path).map(Some)
+    }
+
+    fn parse(text: &[u8], path: PathBuf) -> Result<Self, CredentialsError> {
+        serde_json::from_slice(text).map_err(|error| CredentialsError::Syntax {
+            // The error of serde_json may quote the value: say only where it is.
+            problem: format!("line {}, column {}", error.line(), error.column()),
+            path,
+        })
     }
 
     fn helper_for(&self, names: &[String]) -> Option<&str> {
@@ -207,6 +209,24 @@ impl StoredAuth {
             username: username.to_owned(),
             password: Secret::new(password),
         })
+    }
+}
+
+/// Reads a config and looks up hosts in it: for fuzzing.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(in crate::registry) fn read_and_look_up(text: &[u8], hosts: &[&str]) {
+    let Ok(file) = ConfigFile::parse(text, "config.json".into()) else {
+        return;
+    };
+    for host in hosts {
+        let names = names_of(host);
+        assert!(!names.is_empty());
+        if let Some(helper) = file.helper_for(&names) {
+            assert!(!helper.is_empty());
+        }
+        let found = file.stored_for(&names, host);
+        // Shown as it would be in a log.
+        let _ = format!("{found:?}");
     }
 }
 
