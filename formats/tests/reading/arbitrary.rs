@@ -8,7 +8,10 @@ mod plain;
 
 const HERE: &str = env!("CARGO_MANIFEST_DIR");
 
-const TARGETS: [(&str, fn(&[u8])); 8] = [
+/// A target's name and what it does.
+type Target = (&'static str, fn(&[u8]));
+
+const TARGETS: [Target; 8] = [
     ("tar", bodies::tar),
     ("footer", bodies::footer),
     ("toc", bodies::toc),
