@@ -271,7 +271,12 @@ fn media_types_nobody_knows_are_refused() {
             layer.descriptor.media_type = media_type.to_owned();
             let repository = format!("wrong/type{index}");
             let image = PushedImage::push(&fixture.lab, &repository, "1", &[layer]);
-            let why = refused(&fixture, &image, &format!("media type {index}")).await;
+            let host = fixture.host(&format!("type{index}")).await;
+            let (_, came) = host.pull(&image, cri_labels).await;
+            assert_eq!(came, [Came::Unpacked], "{media_type:?}");
+            let why = fixture.why_not(&image, 0);
+            let digest = image.layers[0].digest().to_string();
+            assert!(why.contains(&digest), "{why}");
             assert!(why.contains("media type"), "{why}");
             alive(&fixture, pid);
         }
