@@ -217,7 +217,7 @@ impl Resolver {
                 let known = image.state.lock();
                 let coming = known.layers.get(&(digests[index], None))?.clone();
                 drop(known);
-                let resolved = coming.now_or_never()?.ok()?;
+                let resolved = coming.outcome.now_or_never()?.ok()?;
                 Some(Following {
                     chain: chains[index],
                     below: chains[index - 1],
