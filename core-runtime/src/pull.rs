@@ -13,6 +13,7 @@ use formats::{
     digest::Digest,
     oci::{Compression, Descriptor, chain_ids},
 };
+use snapshotterd::resolve::labels::REMOTE;
 
 use crate::{
     image::{Image, Location, Store},
@@ -35,7 +36,7 @@ pub enum Outcome {
     Lazy,
     /// Downloaded and unpacked.
     Unpacked,
-    /// It was there before.
+    /// An ordinary snapshot that was there before.
     Present,
 }
 
@@ -99,7 +100,13 @@ pub async fn pull(
         }
         let present = snapshots.find(&chain, &parent).await?;
         let (name, outcome) = if let Some(info) = present {
-            (info.name, Outcome::Present)
+            // The daemon commits the layers it knows together: later ones are there already.
+            let outcome = if info.labels.contains_key(REMOTE) {
+                Outcome::Lazy
+            } else {
+                Outcome::Present
+            };
+            (info.name, outcome)
         } else {
             let key = format!(
                 "snapctl/{}/extract-{} {chain}",

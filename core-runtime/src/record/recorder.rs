@@ -125,10 +125,14 @@ pub async fn record(
         .iter()
         .find(|layer| layer.outcome != Outcome::Lazy)
     {
+        let known = admin::get(&daemon.admin(), "/v1/layers").await?;
+        let why = known
+            .pointer("/not_lazy/0/why_not")
+            .and_then(serde_json::Value::as_str)
+            .unwrap_or("the daemon gives no reason");
         bail!(
-            "layer {} is not served lazily here, so its reads cannot be recorded; see {}",
-            layer.digest,
-            daemon.log().display()
+            "layer {} is not served lazily here, so its reads cannot be recorded: {why}",
+            layer.digest
         );
     }
     let mounts = snapshots.prepare("record", &pulled.top).await?;
