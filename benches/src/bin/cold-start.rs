@@ -1,6 +1,6 @@
 //! Cold starts of the python image through containerd 2.4.2, side by side in one run.
 
-use std::{path::PathBuf, process::Command, time::Duration};
+use std::{cell::RefCell, path::PathBuf, process::Command, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
 use benches::{
@@ -81,6 +81,7 @@ fn main() -> Result<()> {
         scratch: &options.scratch,
         line: Line::V2_4,
         daemon_config: config,
+        kept: RefCell::default(),
     };
     println!(
         "python image: {:.1} MB compressed, {} entries; the start needs {:.1} MB; containerd {}; hydration {}",
