@@ -46,6 +46,13 @@
 //! decoded when no reader's chunk waits. Start lists and hydration are admitted by the node's
 //! [`Scheduler`]. Inflating and hashing runs on a bounded pool that never waits for the network.
 //!
+//! # A disk that takes nothing
+//!
+//! A write that fails costs no reader an error: while the disk counts as full, groups go from
+//! absent or queued to *memory*, are fetched past the wire, verified, and served from a bounded
+//! store that the node's layers share. Bits are set for nothing that did not land. A failed sync
+//! takes back every bit that was not durable before it.
+//!
 //! # What is never done
 //!
 //! No byte is served before its chunk's digest matched; no hole is ever read as zeros (a short
@@ -56,9 +63,11 @@ mod bits;
 mod chunks;
 mod codec;
 mod counters;
+mod disk;
 mod index;
 mod layer;
 mod mapfile;
+mod memory;
 mod plan;
 mod pool;
 mod readahead;
@@ -66,6 +75,7 @@ mod scheduler;
 mod status;
 mod store;
 mod touched;
+mod unstored;
 mod wire;
 
 use std::time::Duration;
@@ -77,7 +87,7 @@ pub use self::{
     index::{IndexError, RawToc},
     layer::{CacheOptions, LayerBlob, OpenError, Verify},
     plan::PlanOptions,
-    scheduler::{Scheduler, SchedulerOptions},
+    scheduler::{DiskReport, Scheduler, SchedulerOptions},
     status::{Status, WaitingChunk},
     wire::{Wire, WireOptions},
 };

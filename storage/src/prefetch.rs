@@ -142,7 +142,10 @@ impl LayerBlob {
         let blob = Arc::clone(self);
         self.wire.scheduler.runtime.spawn(async move {
             let result = blob.wire.fetch_ahead(end, &blob.prefetch).await;
-            if let Err(error) = &result {
+            // That the disk is full has been said once for all layers.
+            if let Err(error) = &result
+                && !blob.wire.disk.is_full()
+            {
                 blob.note_error(format!(
                     "{}: the start list is incomplete: {}",
                     blob.wire.name,

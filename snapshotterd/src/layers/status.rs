@@ -260,6 +260,15 @@ impl Layers {
         scrape.sample(&defs::LAZY_OPEN_CACHES, &[], number(open));
         scrape.sample(&defs::LAZY_LOCAL_BYTES, &[], number(local));
         scrape.sample(&defs::LAZY_WAITING_READERS, &[], number(waiting));
+        let disk = self.opener().scheduler.disk_report();
+        for (def, value) in [
+            (&defs::LAZY_DISK_FULL, u64::from(disk.full)),
+            (&defs::LAZY_REFUSED_WRITES_TOTAL, disk.refused_writes),
+            (&defs::LAZY_UNSTORED_BYTES_TOTAL, disk.unstored_bytes),
+            (&defs::LAZY_UNSTORED_HELD_BYTES, disk.memory_bytes),
+        ] {
+            scrape.sample(def, &[], number(value));
+        }
     }
 
     fn names(&self) -> Result<HashMap<SnapshotId, SnapshotKey>, StoreError> {

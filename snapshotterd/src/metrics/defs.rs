@@ -208,6 +208,46 @@ pub const LAZY_WAITING_READERS: Def = Def {
     labels: &[],
 };
 
+/// Whether the caches' disk takes bytes.
+pub const LAZY_DISK_FULL: Def = Def {
+    name: "snapshotterd_lazy_disk_full",
+    help: "1 while the disk of the caches takes no bytes: readers are served from memory, hydration waits.",
+    unit: "boolean",
+    shape: Shape::Gauge,
+    stability: Stability::Stable,
+    labels: &[],
+};
+
+/// Writes to caches that failed.
+pub const LAZY_REFUSED_WRITES_TOTAL: Def = Def {
+    name: "snapshotterd_lazy_refused_writes_total",
+    help: "Writes to caches that failed, for want of space, inodes or a working disk.",
+    unit: "writes",
+    shape: Shape::Counter,
+    stability: Stability::Experimental,
+    labels: &[],
+};
+
+/// Bytes served without having been stored.
+pub const LAZY_UNSTORED_BYTES_TOTAL: Def = Def {
+    name: "snapshotterd_lazy_unstored_bytes_total",
+    help: "Decoded bytes that were verified, could not be stored, and were served from memory.",
+    unit: "bytes",
+    shape: Shape::Counter,
+    stability: Stability::Stable,
+    labels: &[],
+};
+
+/// Bytes held because they could not be stored.
+pub const LAZY_UNSTORED_HELD_BYTES: Def = Def {
+    name: "snapshotterd_lazy_unstored_held_bytes",
+    help: "Decoded bytes held in memory now because they could not be stored.",
+    unit: "bytes",
+    shape: Shape::Gauge,
+    stability: Stability::Experimental,
+    labels: &[],
+};
+
 /// Every definition; `docs/METRICS.md` has the same rows.
 pub const ALL: &[&Def] = &[
     &RPC_DURATION_SECONDS,
@@ -225,4 +265,8 @@ pub const ALL: &[&Def] = &[
     &LAZY_OPEN_CACHES,
     &LAZY_LOCAL_BYTES,
     &LAZY_WAITING_READERS,
+    &LAZY_DISK_FULL,
+    &LAZY_REFUSED_WRITES_TOTAL,
+    &LAZY_UNSTORED_BYTES_TOTAL,
+    &LAZY_UNSTORED_HELD_BYTES,
 ];

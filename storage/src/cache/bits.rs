@@ -71,6 +71,13 @@ impl Bits {
         }
     }
 
+    /// Clears every bit that is not set in `words` as well.
+    pub(crate) fn keep_only(&self, words: &[u64]) {
+        for (number, slot) in self.words.iter().enumerate() {
+            slot.fetch_and(words.get(number).copied().unwrap_or(0), Ordering::SeqCst);
+        }
+    }
+
     /// Whether every bit of the range is set. An empty range is.
     pub(crate) fn all(&self, range: Range<u64>) -> bool {
         if range.is_empty() {

@@ -9,17 +9,17 @@ use std::{
     time::Instant,
 };
 
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use super::{
     bits::index,
     codec::CorruptError,
     layer::LayerBlob,
-    pool::{Scratch, Urgency, room},
+    pool::{Outputs, Scratch, Urgency, room},
     wire::Ended,
 };
 use crate::{
-    ranges::FetchError,
+    ranges::{FetchError, FetchFailure},
     source::{Cause, SourceError},
 };
 
@@ -33,6 +33,8 @@ enum Stage {
     Wire,
     Queued,
     Decoding,
+    /// Being fetched and decoded into memory, because the disk takes nothing.
+    Memory,
 }
 
 #[derive(Debug)]
@@ -64,8 +66,13 @@ impl Task {
 
 /// Why a group could not be decoded.
 enum Failure {
-    Corrupt { chunk: usize, error: CorruptError },
+    Corrupt {
+        chunk: usize,
+        error: CorruptError,
+    },
     Io(io::Error),
+    /// It is right, but the disk does not take it.
+    Unstored(io::Error),
     Panicked,
 }
 
@@ -80,6 +87,9 @@ impl LayerBlob {
         let mut waits = Vec::new();
         let mut needed: Vec<Range<u64>> = Vec::new();
         let mut ready = Vec::new();
+        let mut past_disk = Vec::new();
+        // What readers wait for may be in memory; what is to stay must be stored.
+        let held = urgency == Urgency::Reader && self.held.load(Ordering::Acquire) > 0;
         {
             let mut tasks = self.tasks.lock();
             let mut last = None;
@@ -90,7 +100,7 @@ impl LayerBlob {
                 }
                 last = Some(group);
                 // Bits are set before a task is removed, under this lock: look again.
-                if self.group_present(group) {
+                if self.group_present(group) || held && self.is_held(number) {
                     continue;
                 }
                 let task = tasks
@@ -108,13 +118,16 @@ impl LayerBlob {
                         if self.wire.has(remote.clone()) {
                             task.stage = Stage::Queued;
                             ready.push((group, task.urgency));
+                        } else if task.urgency == Urgency::Reader && self.wire.disk.is_full() {
+                            task.stage = Stage::Memory;
+                            past_disk.push(group);
                         } else {
                             needed.push(remote);
                         }
                     }
                     // A second job at the higher urgency; whichever comes second finds nothing.
                     Stage::Queued if more_urgent => ready.push((group, task.urgency)),
-                    Stage::Queued | Stage::Decoding => {}
+                    Stage::Queued | Stage::Decoding | Stage::Memory => {}
                 }
             }
         }
@@ -125,6 +138,7 @@ impl LayerBlob {
         }
         self.fetch(&needed, cause);
         self.queue(ready);
+        self.bring_to_memory(past_disk);
         waits
     }
 
@@ -173,6 +187,10 @@ impl LayerBlob {
         let mut ready = Vec::new();
         let mut again = Vec::new();
         let mut failed = Vec::new();
+        let mut past_disk = Vec::new();
+        let unstored = result
+            .as_ref()
+            .is_err_and(|error| error.failure() == FetchFailure::Local);
         {
             let mut tasks = self.tasks.lock();
             let for_readers = matches!(fetch.cause, Cause::Demand | Cause::Metadata);
@@ -191,6 +209,8 @@ impl LayerBlob {
                     // Other fetches bring the rest.
                 } else if result.is_ok() {
                     again.push(remote);
+                } else if unstored {
+                    past_disk.push(group);
                 } else if task.retried || for_readers && fetch.begun >= task.since {
                     failed.extend(tasks.remove(&group).map(|task| (group, task)));
                 } else {
@@ -200,6 +220,9 @@ impl LayerBlob {
             });
         }
         self.queue(ready);
+        for group in past_disk {
+            self.unstored(group, "the disk is full");
+        }
         if !again.is_empty() {
             self.fetch(&again, Cause::Demand);
         }
@@ -239,8 +262,37 @@ impl LayerBlob {
             }
         }
         // A panic must not leave readers waiting; the scratch buffers hold plain bytes.
-        let result = catch_unwind(AssertUnwindSafe(|| self.decode_group(group, scratch)))
-            .unwrap_or(Err(Failure::Panicked));
+        let result = catch_unwind(AssertUnwindSafe(|| {
+            self.decode_from_wire(group, scratch, None)
+        }))
+        .unwrap_or(Err(Failure::Panicked));
+        self.decoded(group, result);
+    }
+
+    /// As [`Self::run_job`], with room in memory for chunks that the disk does not take; `fetched`
+    /// is the group's member unless it is in the wire.
+    pub(crate) fn run_in_memory(
+        &self,
+        group: usize,
+        fetched: Option<Vec<u8>>,
+        mut room: OwnedSemaphorePermit,
+        scratch: &mut Scratch,
+    ) {
+        if self.wire.is_closed() {
+            return;
+        }
+        let work = || match fetched {
+            Some(member) => {
+                let mut out = scratch.outputs();
+                self.decode_member(group, &member, &mut out, Some(&mut room))
+            }
+            None => self.decode_from_wire(group, scratch, Some(&mut room)),
+        };
+        let result = catch_unwind(AssertUnwindSafe(work)).unwrap_or(Err(Failure::Panicked));
+        self.decoded(group, result);
+    }
+
+    fn decoded(&self, group: usize, result: Result<(), Failure>) {
         match result {
             Ok(()) => {
                 let task = self.tasks.lock().remove(&group);
@@ -253,37 +305,57 @@ impl LayerBlob {
         }
     }
 
-    fn decode_group(&self, group: usize, scratch: &mut Scratch) -> Result<(), Failure> {
-        let begun = Instant::now();
+    fn decode_from_wire(
+        &self,
+        group: usize,
+        scratch: &mut Scratch,
+        memory: Option<&mut OwnedSemaphorePermit>,
+    ) -> Result<(), Failure> {
         let remote = self.group_remote(group);
-        let compressed = room(&mut scratch.compressed, index(remote.end - remote.start));
-        self.wire
-            .read(compressed, remote.start)
-            .map_err(Failure::Io)?;
+        let mut compressed = std::mem::take(&mut scratch.compressed);
+        let member = room(&mut compressed, index(remote.end - remote.start));
+        let read = self.wire.read(member, remote.start).map_err(Failure::Io);
+        let result =
+            read.and_then(|()| self.decode_member(group, member, &mut scratch.outputs(), memory));
+        scratch.compressed = compressed;
+        result
+    }
+
+    fn decode_member(
+        &self,
+        group: usize,
+        compressed: &[u8],
+        out: &mut Outputs<'_>,
+        mut memory: Option<&mut OwnedSemaphorePermit>,
+    ) -> Result<(), Failure> {
+        let begun = Instant::now();
         let counters = &self.wire.counters;
         let numbers = self.group(group);
         let chunks = &self.map.chunks()[numbers.clone()];
-        let mut member = self.options.codec.open(
-            compressed,
-            chunks,
-            &mut scratch.decompressor,
-            &mut scratch.decoded,
-        );
+        let mut member = self
+            .options
+            .codec
+            .open(compressed, chunks, out.decompressor, out.decoded);
         for (number, chunk) in numbers.zip(chunks) {
             if self.store.bits.get(number as u64) {
                 continue;
             }
-            let bytes =
-                member
-                    .chunk(chunk, &mut scratch.piece)
-                    .map_err(|error| Failure::Corrupt {
-                        chunk: number,
-                        error,
-                    })?;
-            self.store
-                .write(bytes, chunk.decoded.0)
-                .map_err(Failure::Io)?;
-            self.mark_present(number, chunk);
+            let bytes = member
+                .chunk(chunk, out.piece)
+                .map_err(|error| Failure::Corrupt {
+                    chunk: number,
+                    error,
+                })?;
+            match &mut memory {
+                // Not tried again and again: the disk says when it takes something.
+                Some(memory) if self.wire.disk.is_full() => self.hold(number, bytes, memory),
+                Some(memory) => {
+                    if self.keep(number, chunk, bytes).is_err() {
+                        self.hold(number, bytes, memory);
+                    }
+                }
+                None => self.keep(number, chunk, bytes).map_err(Failure::Unstored)?,
+            }
             counters.decoded_chunks.fetch_add(1, Ordering::Relaxed);
             counters
                 .decoded_bytes
@@ -327,12 +399,51 @@ impl LayerBlob {
                 }
                 message
             }
+            Failure::Unstored(error) => return self.unstored(group, &error.to_string()),
             Failure::Io(error) => format!("chunk {group}: local I/O failed: {error}"),
             Failure::Panicked => format!("chunk {group}: the decoder panicked"),
         };
         let task = self.tasks.lock().remove(&group);
         let waiters = task.map_or_else(Vec::new, |task| task.waiters);
         self.fail(group, waiters, &message);
+    }
+
+    /// What readers wait for is served from memory. What others wanted is left: hydration waits for
+    /// the disk, and the operator has been told.
+    fn unstored(&self, group: usize, why: &str) {
+        let mut tasks = self.tasks.lock();
+        let Some(task) = tasks.get_mut(&group) else {
+            return;
+        };
+        if task.stage == Stage::Memory {
+            return;
+        }
+        if task.urgency == Urgency::Reader {
+            task.stage = Stage::Memory;
+            drop(tasks);
+            return self.bring_to_memory(vec![group]);
+        }
+        let waiters = tasks.remove(&group).map_or_else(Vec::new, |t| t.waiters);
+        drop(tasks);
+        for waiter in waiters {
+            let _ = waiter.send(Err(SourceError {
+                errno: rustix::io::Errno::IO.raw_os_error(),
+                message: format!("{}: cannot be stored: {why}", self.wire.name),
+            }));
+        }
+    }
+
+    /// The group that is brought to memory could not be fetched.
+    pub(crate) fn not_brought(&self, group: usize, what: &str) {
+        let task = self.tasks.lock().remove(&group);
+        let waiters = task.map_or_else(Vec::new, |task| task.waiters);
+        self.fail(group, waiters, what);
+    }
+
+    /// Why the group is fetched.
+    pub(crate) fn cause_of(&self, group: usize) -> Cause {
+        let tasks = self.tasks.lock();
+        tasks.get(&group).map_or(Cause::Demand, |task| task.cause)
     }
 
     fn fail(&self, group: usize, waiters: Vec<oneshot::Sender<Answer>>, what: &str) {
@@ -366,7 +477,7 @@ impl LayerBlob {
     }
 
     /// The chunks of the member that holds chunk `number`.
-    fn group(&self, number: usize) -> Range<usize> {
+    pub(crate) fn group(&self, number: usize) -> Range<usize> {
         let chunks = self.map.chunks();
         let remote = chunks[number].remote;
         let alone =

@@ -142,6 +142,11 @@ pub struct LayerBlob {
     pub(crate) prefetch_end: AtomicU64,
     pub(crate) hydration: Slot,
     flush_pending: AtomicBool,
+    /// Its number in the node's memory for chunks that could not be stored.
+    pub(crate) in_memory: u64,
+    /// Chunks put there so far: while none was, nobody looks.
+    pub(crate) held: AtomicUsize,
+    pub(crate) storing_held: AtomicBool,
     pub(crate) readers: AtomicUsize,
     pub(crate) me: Weak<Self>,
 }
@@ -188,6 +193,7 @@ impl LayerBlob {
                 pages.clear_range(pages_of(&chunk.decoded_range()));
             }
         }
+        let in_memory = wire.scheduler.memory.layer();
         let blob = Arc::new_cyclic(|me: &Weak<Self>| Self {
             wire,
             options,
@@ -204,6 +210,9 @@ impl LayerBlob {
             prefetch_end: AtomicU64::new(0),
             hydration,
             flush_pending: AtomicBool::new(false),
+            in_memory,
+            held: AtomicUsize::new(0),
+            storing_held: AtomicBool::new(false),
             readers: AtomicUsize::new(0),
             map,
             me: me.clone(),
@@ -269,8 +278,19 @@ impl LayerBlob {
             .filter(|number| !self.store.bits.get(*number as u64))
     }
 
-    /// Marks a chunk whose verified bytes have been written to `data`.
-    pub(crate) fn mark_present(&self, number: usize, chunk: &Chunk) {
+    /// Writes a chunk's verified bytes to `data` and marks it.
+    pub(crate) fn keep(&self, number: usize, chunk: &Chunk, bytes: &[u8]) -> io::Result<()> {
+        let written = self
+            .store
+            .write([bytes], chunk.decoded.0)
+            .inspect_err(|error| self.wire.refused(error))?;
+        let guard = self.store.marking(written)?;
+        self.mark_present(number, chunk);
+        drop(guard);
+        Ok(())
+    }
+
+    fn mark_present(&self, number: usize, chunk: &Chunk) {
         if self.wire.is_closed() || self.store.bits.set(number as u64) {
             return;
         }
@@ -292,9 +312,27 @@ impl LayerBlob {
 
     fn flush(&self, force: bool) -> io::Result<()> {
         match self.wire.usage() {
-            Some(_guard) => self.store.flush(force),
+            Some(_guard) => self.flush_held(force),
             None => Ok(()),
         }
+    }
+
+    /// As [`Self::flush`], by one who has the right to use the folder.
+    pub(crate) fn flush_held(&self, force: bool) -> io::Result<()> {
+        let lost = || {
+            let mut present = 0;
+            for (number, chunk) in self.map.chunks().iter().enumerate() {
+                if self.store.bits.get(number as u64) {
+                    present += u64::from(chunk.len);
+                } else {
+                    self.pages.clear_range(pages_of(&chunk.decoded_range()));
+                }
+            }
+            self.present_payload.store(present, Ordering::Relaxed);
+        };
+        self.store
+            .flush(force, lost)
+            .inspect_err(|error| self.wire.refused(error))
     }
 
     fn schedule_flush(&self) {
@@ -307,11 +345,8 @@ impl LayerBlob {
             let Some(blob) = me.upgrade() else { return };
             blob.flush_pending.store(false, Ordering::Release);
             let flushed = tokio::task::spawn_blocking(move || (blob.flush(false), blob)).await;
-            if let Ok((Err(error), blob)) = flushed {
-                blob.note_error(format!(
-                    "{}: cannot make decoded chunks durable: {error}",
-                    blob.wire.name
-                ));
+            if let Ok((Err(_), blob)) = flushed {
+                blob.schedule_flush();
             }
         });
     }
@@ -350,6 +385,9 @@ impl LayerBlob {
 
     /// Looks whether a reader goes through the blob in order, and fetches ahead if so.
     fn look_ahead(&self, stream: Option<usize>, range: &Range<u64>) {
+        if self.wire.disk.is_full() {
+            return;
+        }
         let chunks = self.map.overlapping(range.clone());
         let Some(last) = chunks
             .last()
@@ -392,10 +430,12 @@ impl LayerBlob {
             return Ok(ReadNow::Ready(0));
         }
         let range = offset..end;
-        if !self.pages.all(pages_of(&range)) {
+        let buf = &mut buf[..index(end - offset)];
+        if self.pages.all(pages_of(&range)) {
+            self.store.read(buf, offset)?;
+        } else if self.held.load(Ordering::Acquire) == 0 || !self.read_held(offset, buf)? {
             return Ok(ReadNow::Pending);
         }
-        self.store.read(&mut buf[..index(end - offset)], offset)?;
         self.touched.note(&self.map, &range);
         if self.options.readahead
             && let Some(stream) = self.readahead.passed(range.start, range.end)
@@ -478,6 +518,7 @@ impl Listener for LayerBlob {
 impl Drop for LayerBlob {
     fn drop(&mut self) {
         self.wire.shut();
+        self.wire.scheduler.memory.drop_layer(self.in_memory);
     }
 }
 

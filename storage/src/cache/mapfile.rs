@@ -118,6 +118,11 @@ impl MapFile {
         Ok((map, bits))
     }
 
+    /// What is durable.
+    pub(crate) fn words(&self) -> &[u64] {
+        self.durable.as_ref().map_or(&[], |(_, words)| words)
+    }
+
     /// Makes `words` durable. The data that newly set bits speak of must be durable already.
     pub(crate) fn store(&mut self, words: &[u64]) -> io::Result<()> {
         let (file, durable) = match &mut self.durable {
@@ -130,12 +135,18 @@ impl MapFile {
                     .open(&self.path)?;
                 file.set_len(self.spec.file_len())?;
                 file.write_all_at(&self.spec.header(), 0)?;
+                // All of it, so that a disk that fills up later has room for every bit.
+                let words = vec![0_u64; index(self.spec.bits.div_ceil(64))];
+                for (number, page) in words.chunks(WORDS_PER_PAGE).enumerate() {
+                    let zeros = &[0; PAGE][..page.len() * 8];
+                    file.write_all_at(zeros, (PAGE + number * PAGE) as u64)?;
+                }
                 file.sync_data()?;
                 sync_parent(&self.path)?;
-                none.insert((file, vec![0; index(self.spec.bits.div_ceil(64))]))
+                none.insert((file, words))
             }
         };
-        let mut wrote = false;
+        let mut wrote = Vec::new();
         let pages = words
             .chunks(WORDS_PER_PAGE)
             .zip(durable.chunks_mut(WORDS_PER_PAGE));
@@ -145,11 +156,13 @@ impl MapFile {
             }
             let bytes: Vec<u8> = new.iter().flat_map(|word| word.to_le_bytes()).collect();
             file.write_all_at(&bytes, (PAGE + number * PAGE) as u64)?;
-            old.copy_from_slice(new);
-            wrote = true;
+            wrote.push((new, old));
         }
-        if wrote {
+        if !wrote.is_empty() {
             file.sync_data()?;
+        }
+        for (new, old) in wrote {
+            old.copy_from_slice(new);
         }
         Ok(())
     }

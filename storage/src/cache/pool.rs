@@ -18,7 +18,22 @@ pub(crate) struct Scratch {
     pub(crate) decompressor: Decompressor,
 }
 
+/// The buffers that decoding writes to.
+pub(crate) struct Outputs<'a> {
+    pub(crate) decoded: &'a mut Vec<u8>,
+    pub(crate) piece: &'a mut Vec<u8>,
+    pub(crate) decompressor: &'a mut Decompressor,
+}
+
 impl Scratch {
+    pub(crate) fn outputs(&mut self) -> Outputs<'_> {
+        Outputs {
+            decoded: &mut self.decoded,
+            piece: &mut self.piece,
+            decompressor: &mut self.decompressor,
+        }
+    }
+
     const KEEP: usize = 8 << 20;
 
     fn new() -> Self {

@@ -17,6 +17,7 @@
 use std::{
     collections::{HashMap, HashSet, VecDeque},
     io,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
@@ -28,7 +29,7 @@ use tokio::{
     sync::{Notify, Semaphore},
 };
 
-use super::pool::Pool;
+use super::{disk::Disk, memory::Memory, pool::Pool};
 use crate::source::Cause;
 
 /// How long a fetch may be silent before it no longer counts.
@@ -56,6 +57,8 @@ pub struct SchedulerOptions {
     pub hydration_idle_bytes: u64,
     /// Ordered passes (inflate, hash, compare) that run at the same time.
     pub passes: usize,
+    /// Memory for what readers wait for while the disk takes nothing.
+    pub memory_bytes: u64,
 }
 
 impl Default for SchedulerOptions {
@@ -68,6 +71,7 @@ impl Default for SchedulerOptions {
             hydration_busy_bytes: 256 << 10,
             hydration_idle_bytes: 4 << 20,
             passes: cores.div_ceil(2),
+            memory_bytes: 32 << 20,
         }
     }
 }
@@ -83,6 +87,22 @@ pub struct Scheduler {
     changed: Notify,
     /// Folders in use by a cache of this process.
     folders: Arc<Mutex<HashSet<PathBuf>>>,
+    /// By device number.
+    disks: Mutex<HashMap<u64, Arc<Disk>>>,
+    pub(crate) memory: Memory,
+}
+
+/// How the disk of the caches is doing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DiskReport {
+    /// It takes no bytes just now: readers are served from memory, hydration waits.
+    pub full: bool,
+    /// Writes that failed.
+    pub refused_writes: u64,
+    /// Decoded bytes that were verified, could not be stored, and were served from memory.
+    pub unstored_bytes: u64,
+    /// Decoded bytes that are held in memory now because they could not be stored.
+    pub memory_bytes: u64,
 }
 
 /// The right to use a folder. Two caches in one folder would make each other's maps lie.
@@ -135,6 +155,8 @@ impl Scheduler {
         Arc::new(Self {
             pool: Arc::new(Pool::new(runtime.clone(), options.decode_workers)),
             passes: Arc::new(Semaphore::new(options.passes.max(1))),
+            memory: Memory::new(options.memory_bytes),
+            disks: Mutex::default(),
             runtime,
             options,
             link: Mutex::new(Link::new(Instant::now())),
@@ -156,6 +178,27 @@ impl Scheduler {
             folders: Arc::clone(&self.folders),
             path,
         })
+    }
+
+    /// The file system that a folder is on.
+    pub(crate) fn disk(&self, folder: &Path) -> io::Result<Arc<Disk>> {
+        let device = std::fs::metadata(folder)?.dev();
+        let mut disks = self.disks.lock();
+        let disk = disks
+            .entry(device)
+            .or_insert_with(|| Disk::new(self.runtime.clone()));
+        Ok(Arc::clone(disk))
+    }
+
+    /// How the disk of the caches is doing.
+    pub fn disk_report(&self) -> DiskReport {
+        let disks = self.disks.lock();
+        DiskReport {
+            full: disks.values().any(|disk| disk.is_full()),
+            refused_writes: disks.values().map(|disk| disk.refused_writes()).sum(),
+            unstored_bytes: self.memory.bytes_in(),
+            memory_bytes: self.memory.bytes(),
+        }
     }
 
     /// Bytes that keep the link busy for one round trip, as measured so far.

@@ -11,7 +11,7 @@ use std::{
     },
 };
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 
 use super::{
     bits::Bits,
@@ -27,7 +27,14 @@ pub(crate) struct Store {
     pub(crate) bits: Bits,
     map: Mutex<MapFile>,
     dirty: AtomicBool,
+    /// How often written bytes were lost. Held shared while bits are set, so that none is set for
+    /// bytes that were lost meanwhile.
+    losses: RwLock<u64>,
 }
+
+/// Says that nothing was lost since a write began; see [`Store::write`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Written(u64);
 
 impl Store {
     /// Opens `dir/name` and `dir/name.map`. Bits are taken from disk only if map and file are
@@ -61,6 +68,7 @@ impl Store {
             bits,
             map: Mutex::new(map),
             dirty: AtomicBool::new(false),
+            losses: RwLock::default(),
         })
     }
 
@@ -90,9 +98,32 @@ impl Store {
         self.file()?.read_exact_at(buf, offset)
     }
 
-    /// Writes without marking anything.
-    pub(crate) fn write(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        self.file()?.write_all_at(bytes, offset)
+    /// Writes `parts` one behind the other, without marking anything. Bits for them may be set
+    /// under the guard of [`Self::marking`].
+    pub(crate) fn write<'a>(
+        &self,
+        parts: impl IntoIterator<Item = &'a [u8]>,
+        mut offset: u64,
+    ) -> io::Result<Written> {
+        let written = Written(*self.losses.read());
+        let file = self.file()?;
+        for part in parts {
+            file.write_all_at(part, offset)?;
+            offset += part.len() as u64;
+        }
+        Ok(written)
+    }
+
+    /// The right to set bits for what was written. An error if it may be lost.
+    pub(crate) fn marking(&self, written: Written) -> io::Result<RwLockReadGuard<'_, u64>> {
+        let guard = self.losses.read();
+        if *guard == written.0 {
+            Ok(guard)
+        } else {
+            Err(io::Error::other(
+                "the disk lost bytes that were written lately",
+            ))
+        }
     }
 
     /// Notes that bits were set since the last flush; whether this is the first since then.
@@ -102,7 +133,11 @@ impl Store {
 
     /// Makes all bits that are set now durable: data first, then map. Blocks. Without `force`
     /// only if something was set since the last attempt.
-    pub(crate) fn flush(&self, force: bool) -> io::Result<()> {
+    ///
+    /// A sync that fails says so once: the pages that could not be written count as clean from
+    /// then on, and what is read back later may be holes. So everything that was not durable
+    /// before is forgotten, and `lost` is called before any bit can be set again.
+    pub(crate) fn flush(&self, force: bool, lost: impl FnOnce()) -> io::Result<()> {
         let mut map = self.map.lock();
         if !self.dirty.swap(false, Ordering::AcqRel) && !force {
             return Ok(());
@@ -113,14 +148,29 @@ impl Store {
         // Bits are set after their data was written, so the data of every bit in this copy is
         // covered by the sync that follows.
         let words: Vec<u64> = self.bits.words().collect();
-        self.file().and_then(File::sync_data)?;
-        map.store(&words)
+        if let Err(error) = self.file().and_then(File::sync_data) {
+            let mut losses = self.losses.write();
+            *losses += 1;
+            self.bits.keep_only(map.words());
+            lost();
+            return Err(error);
+        }
+        let stored = map.store(&words);
+        if stored.is_err() {
+            // The data is safe; the map is written with the next flush.
+            self.dirty.store(true, Ordering::Release);
+        }
+        stored
     }
 
     /// Forgets everything and gives the space back: bits first, then the map, then the file.
     pub(crate) fn retire(&self) -> io::Result<()> {
         let mut map = self.map.lock();
-        self.bits.clear_range(0..self.bits.len());
+        {
+            let mut losses = self.losses.write();
+            *losses += 1;
+            self.bits.clear_range(0..self.bits.len());
+        }
         self.dirty.store(false, Ordering::Release);
         map.remove()?;
         if let Some(file) = self.file.get() {

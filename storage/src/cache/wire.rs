@@ -6,6 +6,7 @@
 //! the index fetched through it, before the layer's chunk map is known.
 
 mod claims;
+mod direct;
 mod flight;
 
 use std::{
@@ -26,6 +27,7 @@ use tokio::sync::{Notify, Semaphore, futures::Notified, oneshot};
 use self::{claims::DUPLICATE_SHARE, flight::Flight};
 use super::{
     counters::Counters,
+    disk::Disk,
     mapfile::MapSpec,
     scheduler::{FolderClaim, Scheduler},
     store::Store,
@@ -71,6 +73,8 @@ pub struct Wire {
     pub(crate) dir: PathBuf,
     pub(crate) scheduler: Arc<Scheduler>,
     pub(crate) counters: Arc<Counters>,
+    /// The file system that the folder is on.
+    pub(crate) disk: Arc<Disk>,
     len: u64,
     source: RwLock<Arc<dyn RangeSource>>,
     store: Store,
@@ -120,6 +124,7 @@ impl Wire {
     ) -> io::Result<Arc<Self>> {
         let len = source.len();
         let folder = scheduler.claim_folder(&options.dir)?;
+        let disk = scheduler.disk(&options.dir)?;
         let store = Store::open(
             options.dir.join("wire"),
             MapSpec {
@@ -138,6 +143,7 @@ impl Wire {
             reader_slots: Semaphore::new(scheduler.options.requests_per_layer.max(1)),
             scheduler,
             counters: Arc::default(),
+            disk,
             len,
             source: RwLock::new(source),
             store,
@@ -206,6 +212,14 @@ impl Wire {
         self.closed.load(Ordering::SeqCst)
     }
 
+    /// Completes when the wire is shut.
+    pub(crate) async fn until_closed(&self) {
+        let closing = self.closing.notified();
+        if !self.is_closed() {
+            closing.await;
+        }
+    }
+
     pub(crate) fn origin(&self) -> String {
         self.source.read().origin()
     }
@@ -235,7 +249,7 @@ impl Wire {
 
     pub(crate) fn flush(&self, force: bool) -> io::Result<()> {
         match self.usage() {
-            Some(_guard) => self.store.flush(force),
+            Some(_guard) => self.store.flush(force, || {}),
             None => Ok(()),
         }
     }
@@ -269,11 +283,11 @@ impl Wire {
         if self.is_closed() {
             return Ok(at..at);
         }
-        let mut offset = at;
-        for part in parts {
-            self.store.write(part, offset)?;
-            offset += part.len() as u64;
-        }
+        let written = self
+            .store
+            .write(parts.iter().map(|part| &**part), at)
+            .inspect_err(|error| self.refused(error))?;
+        let offset = at + parts.iter().map(|part| part.len() as u64).sum::<u64>();
         let first = whole_from.div_ceil(BLOCK).max(at / BLOCK);
         let last = if offset == self.len {
             self.len.div_ceil(BLOCK)
@@ -281,7 +295,10 @@ impl Wire {
             offset / BLOCK
         };
         let blocks = first..last.max(first);
-        self.store.bits.set_range(blocks.clone());
+        {
+            let _guard = self.store.marking(written)?;
+            self.store.bits.set_range(blocks.clone());
+        }
         if self.store.touch() {
             self.schedule_flush();
         }
@@ -299,12 +316,15 @@ impl Wire {
             wire.flush_pending.store(false, Ordering::Release);
             let flushed = tokio::task::spawn_blocking(move || (wire.flush(false), wire)).await;
             if let Ok((Err(error), wire)) = flushed {
-                wire.counters.event(format!(
-                    "{}: cannot make fetched bytes durable: {error}",
-                    wire.name
-                ));
+                wire.refused(&error);
+                wire.schedule_flush();
             }
         });
+    }
+
+    /// The disk did not take what was to be written in this folder.
+    pub(crate) fn refused(&self, error: &io::Error) {
+        self.disk.refused(&self.dir, error);
     }
 
     fn blocks(&self, range: &Range<u64>) -> Range<u64> {

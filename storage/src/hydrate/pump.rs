@@ -18,6 +18,8 @@ const REQUESTS: usize = 8;
 
 /// Fetches until every byte of the blob is local. Fails when a fetch failed. `None` if the blob
 /// was dropped meanwhile.
+///
+/// Every fetch fails that is begun while the disk takes nothing; the caller waits then.
 pub(super) async fn pump(
     blob: &Weak<LayerBlob>,
     mode: &mut watch::Receiver<Mode>,

@@ -34,6 +34,9 @@ async fn hydrate(weak: &Weak<LayerBlob>, options: &HydrateOptions) -> Option<()>
     let mut delay = RETRY_FIRST;
     let mut distrusted = false;
     loop {
+        if wait_for_room(weak).await? {
+            delay = RETRY_FIRST;
+        }
         let waiting = *mode.borrow() == Mode::Off;
         set_phase(
             weak,
@@ -95,6 +98,29 @@ async fn wait_for_start_list(weak: &Weak<LayerBlob>) -> Option<()> {
     }
 }
 
+/// Waits while the disk takes nothing; whether it did.
+async fn wait_for_room(weak: &Weak<LayerBlob>) -> Option<bool> {
+    let mut disk = {
+        let blob = weak.upgrade()?;
+        if !blob.wire.disk.is_full() {
+            return Some(false);
+        }
+        blob.hydration.update(|progress| {
+            progress.phase = Phase::Retrying;
+            progress.problem = Some("the disk is full".to_owned());
+        });
+        blob.wire.disk.watch()
+    };
+    // The blob may go meanwhile: look now and then.
+    while *disk.borrow_and_update() {
+        let _ = tokio::time::timeout(RETRY_FIRST, disk.changed()).await;
+        if weak.upgrade()?.wire.is_closed() {
+            return None;
+        }
+    }
+    Some(true)
+}
+
 fn set_phase(weak: &Weak<LayerBlob>, phase: Phase) -> Option<()> {
     weak.upgrade()?.hydration.update(|progress| {
         progress.phase = phase;
@@ -110,7 +136,10 @@ async fn retry_later(weak: &Weak<LayerBlob>, message: String, delay: &mut Durati
         if blob.wire.is_closed() {
             return None;
         }
-        blob.note_error(format!("{}: hydration: {message}", blob.wire.name));
+        // That the disk is full has been said once for all layers.
+        if !blob.wire.disk.is_full() {
+            blob.note_error(format!("{}: hydration: {message}", blob.wire.name));
+        }
         blob.hydration.update(|progress| {
             progress.phase = Phase::Retrying;
             progress.problem = Some(message);
@@ -167,12 +196,19 @@ async fn finish(
     if blob.wire.is_closed() {
         return None;
     }
+    let refused = blob.wire.disk.refused_writes();
     let waits = blob.want(0..blob.map.decoded_len(), Cause::Hydration);
     for wait in waits {
         // What cannot be decoded has been reported as an event.
         let _ = wait.await;
     }
     let complete = blob.is_full();
+    let disk = &blob.wire.disk;
+    if !complete && (disk.is_full() || disk.refused_writes() != refused) {
+        return Some(Err(
+            "the disk does not take the rest of the layer".to_owned()
+        ));
+    }
     let record = Record::new(blob.wire.identity, digest, judged, complete);
     let stored = tokio::task::spawn_blocking({
         let (blob, record) = (Arc::clone(&blob), record.clone());
@@ -181,7 +217,7 @@ async fn finish(
             let Some(_guard) = blob.wire.usage() else {
                 return Ok(false);
             };
-            blob.store.flush(true)?;
+            blob.flush_held(true)?;
             record.store(blob.wire.dir())?;
             if complete {
                 blob.wire.retire()?;
@@ -283,8 +319,6 @@ impl LayerBlob {
         if self.store.bits.get(u64::from(number.0)) {
             return Ok(());
         }
-        self.store.write(bytes, chunk.decoded.0)?;
-        self.mark_present(number.index(), chunk);
-        Ok(())
+        self.keep(number.index(), chunk, bytes)
     }
 }

@@ -4,6 +4,7 @@
 mod corruption;
 mod estargz;
 mod fixture;
+mod full;
 mod hydration;
 mod isolation;
 mod model;

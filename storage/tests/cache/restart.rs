@@ -22,7 +22,7 @@ fn copy(from: &Path, to: &Path, names: &[&str]) {
 }
 
 /// Local chunks of a freshly opened cache whose source is gone; every one of them must be right.
-async fn local_chunks(dir: &Path, layer: &Layer) -> usize {
+pub(crate) async fn local_chunks(dir: &Path, layer: &Layer) -> usize {
     let source = layer.source();
     source.always(Act::Refuse);
     let blob = open(dir, layer, &source);

@@ -5,6 +5,7 @@
 #[path = "../lazy/fixture.rs"]
 #[expect(dead_code, reason = "the lazy suite uses all of it")]
 mod fixture;
+mod full;
 mod kills;
 mod offline;
 mod stalls;

@@ -34,6 +34,9 @@ impl Wire {
 
     /// Starts fetching what is missing of `range` and not on its way, for a reader to come.
     pub(crate) fn request_ahead(&self, range: &Range<u64>) {
+        if self.disk.is_full() {
+            return;
+        }
         self.start(range, Cause::Demand, slice::from_ref(range), None);
     }
 

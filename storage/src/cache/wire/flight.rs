@@ -133,6 +133,7 @@ impl Wire {
         // Background fetches were admitted by the scheduler; readers' fetches queue per layer only,
         // so that one stalled source holds nobody else up.
         let _slot = match &ticket {
+            Some(_) if self.disk.is_full() => return Err(self.not_stored(flight.start..flight.end)),
             Some(_) => None,
             // Never closed.
             None => self.reader_slots.acquire().await.ok(),
@@ -319,6 +320,16 @@ impl Wire {
             failure: FetchFailure::Local,
             source: Arc::new(error),
         })
+    }
+
+    /// The error of a fetch that is not made because what it brings could not be stored.
+    fn not_stored(&self, range: Range<u64>) -> FetchError {
+        FetchError::Source {
+            origin: self.store.path().display().to_string(),
+            range,
+            failure: FetchFailure::Local,
+            source: Arc::new(io::Error::other("the disk is full")),
+        }
     }
 
     fn advance(&self, id: u64, at: u64) {
