@@ -5,5 +5,8 @@ pub mod client;
 pub mod containerd;
 pub mod demo;
 pub mod floor;
+pub mod isolation;
+mod node;
 pub mod sample;
+pub mod signals;
 pub mod steady;

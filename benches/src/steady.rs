@@ -9,7 +9,6 @@
 //!
 //! All reading through the daemon's mounts happens in child processes under a timeout.
 
-mod daemon;
 mod group;
 mod images;
 mod reader;
@@ -25,12 +24,12 @@ use harness::workdir::Workdir;
 use lab::{Lab, LabOptions};
 use serde::Serialize;
 
-use daemon::{Node, Sampler};
+use crate::node::{Node, Sampler, load};
 use group::{Charge, Group};
 use images::{BASE_IMAGES, Corpus};
 use reader::{Plan, Task, Tree};
 
-pub use daemon::Memory;
+pub use crate::node::Memory;
 pub use reader::run_from_stdin;
 
 /// How much to measure.
@@ -145,7 +144,11 @@ pub fn run(options: &SteadyOptions, say: &dyn Fn(&str)) -> Result<Report> {
     let lab = Lab::start_blocking(LabOptions::new(work.sub("registry")))?;
     say("writing files and packing them into eStargz layers");
     let corpus = Corpus::build(&work, &lab, options)?;
-    let mut node = Node::start(&work.sub("d"), &work.sub("pull"))?;
+    let mut node = Node::start(
+        &work.sub("d"),
+        &work.sub("pull"),
+        "[containerd]\naddress = \"\"\n",
+    )?;
     let sampler = Sampler::start(node.pid());
 
     let mut bench = Bench {
@@ -442,14 +445,6 @@ impl Bench<'_> {
         };
         self.tree(name, vec![mount])
     }
-}
-
-fn load() -> f64 {
-    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    text.split(' ')
-        .next()
-        .and_then(|first| first.parse().ok())
-        .unwrap_or(f64::NAN)
 }
 
 fn range(values: impl Iterator<Item = f64>) -> (f64, f64) {

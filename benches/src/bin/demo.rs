@@ -1,17 +1,11 @@
 //! `./run demo`: a container starts before its image is downloaded.
 
-use std::{
-    path::PathBuf,
-    process::ExitCode,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-};
+use std::{path::PathBuf, process::ExitCode};
 
 use benches::{
     demo::{self, DemoOptions, Figures, Talk},
     sample::SampleOptions,
+    signals,
 };
 use clap::Parser;
 use lab::LinkModel;
@@ -36,9 +30,7 @@ struct Options {
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    let stop = Arc::new(AtomicBool::new(false));
-    let talk = Talk::new(stop.clone());
-    watch_signals(stop);
+    let talk = Talk::new(signals::watch("demo"));
     let demo_options = DemoOptions {
         link: options.link,
         sample: SampleOptions {
@@ -64,31 +56,6 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
-}
-
-/// Ctrl-C stops at the next step, so that everything is cleaned up on the way out. Children get
-/// the signal from the terminal themselves.
-fn watch_signals(stop: Arc<AtomicBool>) {
-    let watch = move || -> std::io::Result<()> {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()?;
-        runtime.block_on(async {
-            let mut terminate =
-                tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
-            loop {
-                tokio::select! {
-                    result = tokio::signal::ctrl_c() => result?,
-                    _ = terminate.recv() => {}
-                }
-                eprintln!("demo: stopping and cleaning up");
-                stop.store(true, Ordering::Relaxed);
-            }
-        })
-    };
-    let _ = std::thread::Builder::new()
-        .name("signals".into())
-        .spawn(watch);
 }
 
 fn as_json(figures: &Figures) -> serde_json::Value {

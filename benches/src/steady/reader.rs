@@ -3,20 +3,18 @@
 use std::{
     fs::File,
     io::{self, Read as _, Write as _},
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail};
 use core_runtime::runner::{Mount, mount_privately};
-use rustix::{
-    fs::{Advice, fadvise},
-    time::{ClockId, clock_gettime},
-};
+use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 use super::group::{Charge, Group};
+use crate::node::drop_pages;
 
 const BUFFER: usize = 256 << 10;
 
@@ -142,12 +140,6 @@ pub fn run_from_stdin() -> Result<()> {
     serde_json::to_writer(&mut out, &done)?;
     out.flush()?;
     Ok(())
-}
-
-/// Drops what the page cache holds of a file, unless it is dirty or mapped.
-pub(super) fn drop_pages(path: &Path) -> Result<()> {
-    let file = File::open(path).with_context(|| path.display().to_string())?;
-    fadvise(&file, 0, None, Advice::DontNeed).with_context(|| path.display().to_string())
 }
 
 fn paths(tree: &Tree, files: &[String]) -> Vec<PathBuf> {

@@ -1,8 +1,8 @@
-//! The daemon under measurement: pulling into it, and its memory.
+//! The daemon under measurement: pulling into it, and what it holds.
 
 use std::{
     collections::BTreeMap,
-    fs,
+    fs::{self, File},
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -19,18 +19,18 @@ use core_runtime::{
     snapshots::Snapshots,
 };
 use formats::oci::HostPlatform;
-use harness::{daemon::Daemon, machine::binary};
+use harness::{daemon::Daemon, machine::binary, workdir::mounts_below};
 use parking_lot::Mutex;
+use rustix::fs::{Advice, fadvise};
 use serde::Serialize;
 use serde_json::Value;
 use storage::registry::{ClientOptions, RegistryClient};
 use tokio::runtime::Runtime;
 
-use super::reader;
 use crate::client;
 
 /// A daemon and what was pulled into it.
-pub(super) struct Node {
+pub(crate) struct Node {
     daemon: Daemon,
     runtime: Runtime,
     registries: RegistryAccess,
@@ -39,13 +39,14 @@ pub(super) struct Node {
 }
 
 impl Node {
-    pub(super) fn start(dir: &Path, scratch: &Path) -> Result<Self> {
+    /// Starts it below `dir` with the given config file text; pulls use `scratch`.
+    pub(crate) fn start(dir: &Path, scratch: &Path, config: &str) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .enable_all()
             .build()?;
         Ok(Self {
-            daemon: Daemon::start(dir, "[containerd]\naddress = \"\"\n"),
+            daemon: Daemon::start(dir, config),
             runtime,
             registries: RegistryAccess::new(RegistryClient::new(ClientOptions::default())),
             scratch: scratch.to_owned(),
@@ -53,14 +54,29 @@ impl Node {
         })
     }
 
-    pub(super) fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.daemon.pid()
     }
 
+    pub(crate) fn admin(&self) -> PathBuf {
+        self.daemon.admin()
+    }
+
+    pub(crate) fn log_path(&self) -> PathBuf {
+        self.daemon.log_path()
+    }
+
+    /// Read calls that the daemon has made.
+    pub(crate) fn read_calls(&self) -> Result<u64> {
+        let text = fs::read_to_string(format!("/proc/{}/io", self.pid()))?;
+        let line = text.lines().find_map(|line| line.strip_prefix("syscr: "));
+        Ok(line.context("/proc/PID/io has no syscr")?.parse()?)
+    }
+
     /// Pulls an image lazily and prepares a container on it; its key.
-    pub(super) fn container(&self, reference: &str, name: &str) -> Result<String> {
+    pub(crate) fn container(&self, reference: &str, name: &str) -> Result<String> {
         let location: Location = reference.parse()?;
-        let key = format!("steady/{name}");
+        let key = format!("bench/{name}");
         self.runtime.block_on(async {
             let store = Arc::new(Store::open(&location, &self.registries)?);
             let image = Image::read(&store, &HostPlatform::current()).await?;
@@ -95,13 +111,13 @@ impl Node {
     }
 
     /// The mounts of a container; the daemon mounts its layers.
-    pub(super) fn mounts(&self, key: &str) -> Result<Vec<Mount>> {
+    pub(crate) fn mounts(&self, key: &str) -> Result<Vec<Mount>> {
         self.runtime
             .block_on(async { Ok(self.snapshots().await?.mounts(key).await?) })
     }
 
     /// Waits until all layers are local and proven.
-    pub(super) fn wait_until_complete(&self, limit: Duration) -> Result<()> {
+    pub(crate) fn wait_until_complete(&self, limit: Duration) -> Result<()> {
         let until = Instant::now() + limit;
         loop {
             let layers = client::lazy_layers(&self.daemon.admin())?;
@@ -121,8 +137,8 @@ impl Node {
         }
     }
 
-    /// Unmounts everything and starts the daemon again: complete layers then get their plain file.
-    pub(super) fn remount(&mut self) -> Result<()> {
+    /// Stops the daemon; nothing of it stays mounted.
+    pub(crate) fn unmount(&mut self) -> Result<()> {
         let output = self.daemon.unmount();
         if !output.status.success() {
             bail!(
@@ -130,6 +146,16 @@ impl Node {
                 String::from_utf8_lossy(&output.stderr).trim()
             );
         }
+        let left = mounts_below(&self.daemon.lowers());
+        if let Some(left) = left.first() {
+            bail!("{} is still mounted", left.display());
+        }
+        Ok(())
+    }
+
+    /// Unmounts everything and starts the daemon again: complete layers then get their plain file.
+    pub(crate) fn remount(&mut self) -> Result<()> {
+        self.unmount()?;
         self.daemon.restart();
         let keys: Vec<_> = self.pulled.lock().keys().cloned().collect();
         for key in keys {
@@ -139,7 +165,7 @@ impl Node {
     }
 
     /// A mounted layer whose device is not its plain file.
-    pub(super) fn not_plain(&self) -> Result<Option<String>> {
+    pub(crate) fn not_plain(&self) -> Result<Option<String>> {
         for layer in client::lazy_layers(&self.daemon.admin())? {
             let mounts = layer.get("mounts").and_then(Value::as_array);
             for mount in mounts.into_iter().flatten() {
@@ -154,7 +180,7 @@ impl Node {
     }
 
     /// Drops the pages of all cache files.
-    pub(super) fn drop_caches(&self) -> Result<()> {
+    pub(crate) fn drop_caches(&self) -> Result<()> {
         let mut folders = vec![self.daemon.root()];
         while let Some(folder) = folders.pop() {
             for entry in fs::read_dir(&folder).with_context(|| folder.display().to_string())? {
@@ -163,7 +189,7 @@ impl Node {
                 if kind.is_dir() {
                     folders.push(entry.path());
                 } else if kind.is_file() {
-                    reader::drop_pages(&entry.path())?;
+                    drop_pages(&entry.path())?;
                 }
             }
         }
@@ -187,13 +213,13 @@ pub struct Memory {
 }
 
 /// Samples a process's anonymous memory.
-pub(super) struct Sampler {
+pub(crate) struct Sampler {
     stop: Arc<AtomicBool>,
     thread: std::thread::JoinHandle<u64>,
 }
 
 impl Sampler {
-    pub(super) fn start(pid: u32) -> Self {
+    pub(crate) fn start(pid: u32) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let thread = std::thread::spawn(move || {
@@ -207,7 +233,7 @@ impl Sampler {
         Self { stop, thread }
     }
 
-    pub(super) fn finish(self, pid: u32) -> Memory {
+    pub(crate) fn finish(self, pid: u32) -> Memory {
         self.stop.store(true, Ordering::Relaxed);
         Memory {
             idle_bytes: status_bytes(pid, "RssAnon"),
@@ -218,12 +244,27 @@ impl Sampler {
     }
 }
 
-/// A line of `/proc/PID/status`, 0 for a process that is gone.
-fn status_bytes(pid: u32, name: &str) -> u64 {
+/// Drops what the page cache holds of a file, unless it is dirty or mapped.
+pub(crate) fn drop_pages(path: &Path) -> Result<()> {
+    let file = File::open(path).with_context(|| path.display().to_string())?;
+    fadvise(&file, 0, None, Advice::DontNeed).with_context(|| path.display().to_string())
+}
+
+/// A size in `/proc/PID/status`, in bytes; 0 for a process that is gone.
+pub(crate) fn status_bytes(pid: u32, name: &str) -> u64 {
     let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let found = text.lines().find_map(|line| {
         let value = line.strip_prefix(name)?.strip_prefix(':')?;
         value.split_whitespace().next()?.parse::<u64>().ok()
     });
     found.unwrap_or(0) * 1024
+}
+
+/// The machine's load average over a minute.
+pub(crate) fn load() -> f64 {
+    let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split(' ')
+        .next()
+        .and_then(|first| first.parse().ok())
+        .unwrap_or(f64::NAN)
 }
