@@ -17,7 +17,8 @@
 //! the map, fdatasync the map. So after any stop, clean or not, what the maps on disk say is true;
 //! at worst the last second of work is fetched or decoded again. A map whose header is not exactly
 //! the expected one (another identity, another chunk table, damage) is removed and the cache
-//! starts empty.
+//! starts empty. A test replays power loss at any point of the recorded sequence of writes, sector by
+//! sector, with failing syncs among them (`crash.rs`).
 //!
 //! The wire bytes are kept until the ordered pass is over (ADR 0001): the pass then costs no
 //! second fetch, a restart resumes from them, and the order of fetching is free.
@@ -63,7 +64,10 @@ mod bits;
 mod chunks;
 mod codec;
 mod counters;
+#[cfg(test)]
+mod crash;
 mod disk;
+pub(crate) mod files;
 mod index;
 mod layer;
 mod mapfile;
@@ -80,7 +84,7 @@ mod wire;
 
 use std::time::Duration;
 
-pub(crate) use self::{bits::index as to_index, mapfile::sync_parent};
+pub(crate) use self::bits::index as to_index;
 pub use self::{
     codec::Codec,
     counters::{Event, Traffic, TrafficByCause},

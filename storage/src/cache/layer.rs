@@ -24,6 +24,7 @@ use super::{
     bits::{Bits, index},
     chunks::Tasks,
     codec::Codec,
+    files,
     mapfile::MapSpec,
     plan::{PlanOptions, plan},
     readahead::Readahead,
@@ -176,7 +177,7 @@ impl LayerBlob {
             },
         )
         .map_err(fail)?;
-        let clean = std::fs::remove_file(wire.dir().join("clean")).is_ok();
+        let clean = matches!(files::remove(&wire.dir().join("clean")), Ok(true));
         if options.verify == Verify::Always || options.verify == Verify::AfterUncleanStop && !clean
         {
             verify_present(&store, &map, &wire).map_err(fail)?;
@@ -262,7 +263,8 @@ impl LayerBlob {
         let closed = tokio::task::spawn_blocking(move || {
             let flushed = blob.wire.flush(true).and_then(|()| blob.flush(true));
             blob.wire.shut();
-            let marked = flushed.and_then(|()| std::fs::write(blob.wire.dir().join("clean"), b""));
+            let marked =
+                flushed.and_then(|()| files::create(&blob.wire.dir().join("clean")).map(drop));
             blob.wire.leave_folder();
             marked
         });

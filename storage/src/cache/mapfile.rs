@@ -19,16 +19,14 @@
 //! against torn writes: they only ever turn from 0 to 1 on disk, after the data they speak of is
 //! durable, so any mixture of an older and a newer version of a page is true as well.
 
-use std::{
-    fs::{File, OpenOptions},
-    io,
-    os::unix::fs::FileExt as _,
-    path::{Path, PathBuf},
-};
+use std::{io, path::PathBuf};
 
 use formats::digest::Digest;
 
-use super::bits::{Bits, index};
+use super::{
+    bits::{Bits, index},
+    files::{self, Tracked, sync_parent},
+};
 
 const MAGIC: &[u8; 8] = b"SDPMAP01";
 const PAGE: usize = 4096;
@@ -71,7 +69,7 @@ pub(crate) struct MapFile {
     path: PathBuf,
     spec: MapSpec,
     /// What the file holds; `None` before the file was written for the first time.
-    durable: Option<(File, Vec<u64>)>,
+    durable: Option<(Tracked, Vec<u64>)>,
 }
 
 impl MapFile {
@@ -95,7 +93,7 @@ impl MapFile {
         };
         if bytes.len() as u64 != spec.file_len() || bytes[..PAGE] != spec.header() {
             tracing::warn!(path = %path.display(), "presence map is foreign or damaged: starting empty");
-            std::fs::remove_file(&path)?;
+            files::remove(&path)?;
             sync_parent(&path)?;
             let map = Self {
                 path,
@@ -109,7 +107,7 @@ impl MapFile {
             .map(|word| word.iter().rev().fold(0, |n, b| n << 8 | u64::from(*b)))
             .collect();
         let bits = Bits::from_words(spec.bits, words.iter().copied());
-        let file = OpenOptions::new().write(true).open(&path)?;
+        let file = files::open(&path)?;
         let map = Self {
             path,
             spec,
@@ -128,11 +126,7 @@ impl MapFile {
         let (file, durable) = match &mut self.durable {
             Some(durable) => durable,
             none => {
-                let file = OpenOptions::new()
-                    .write(true)
-                    .create(true)
-                    .truncate(true)
-                    .open(&self.path)?;
+                let file = files::create(&self.path)?;
                 file.set_len(self.spec.file_len())?;
                 file.write_all_at(&self.spec.header(), 0)?;
                 // All of it, so that a disk that fills up later has room for every bit.
@@ -141,7 +135,7 @@ impl MapFile {
                     let zeros = &[0; PAGE][..page.len() * 8];
                     file.write_all_at(zeros, (PAGE + number * PAGE) as u64)?;
                 }
-                file.sync_data()?;
+                file.sync()?;
                 sync_parent(&self.path)?;
                 none.insert((file, words))
             }
@@ -159,7 +153,7 @@ impl MapFile {
             wrote.push((new, old));
         }
         if !wrote.is_empty() {
-            file.sync_data()?;
+            file.sync()?;
         }
         for (new, old) in wrote {
             old.copy_from_slice(new);
@@ -171,19 +165,10 @@ impl MapFile {
     /// [`Self::store`] makes a new one.
     pub(crate) fn remove(&mut self) -> io::Result<()> {
         self.durable = None;
-        match std::fs::remove_file(&self.path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(error),
-            Ok(()) => sync_parent(&self.path),
+        if files::remove(&self.path)? {
+            sync_parent(&self.path)?;
         }
-    }
-}
-
-/// Makes creations, renames and removals in the folder of `path` durable.
-pub(crate) fn sync_parent(path: &Path) -> io::Result<()> {
-    match path.parent() {
-        Some(parent) => File::open(parent)?.sync_all(),
-        None => Ok(()),
+        Ok(())
     }
 }
 

@@ -1,9 +1,7 @@
 //! One sparse file and its presence map, with the order of writes that makes the map true.
 
 use std::{
-    fs::{File, OpenOptions},
     io,
-    os::unix::fs::FileExt as _,
     path::PathBuf,
     sync::{
         OnceLock,
@@ -15,6 +13,7 @@ use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 
 use super::{
     bits::Bits,
+    files::{self, Tracked},
     mapfile::{MapFile, MapSpec},
 };
 
@@ -23,7 +22,7 @@ use super::{
 pub(crate) struct Store {
     path: PathBuf,
     len: u64,
-    file: OnceLock<File>,
+    file: OnceLock<Tracked>,
     pub(crate) bits: Bits,
     map: Mutex<MapFile>,
     dirty: AtomicBool,
@@ -44,7 +43,7 @@ impl Store {
         let len = spec.subject_len;
         let (mut map, mut bits) = MapFile::open(map_path, spec)?;
         let file = OnceLock::new();
-        match OpenOptions::new().read(true).write(true).open(&path) {
+        match files::open(&path) {
             Ok(found) if bits.count() > 0 && found.metadata()?.len() == len => {
                 // Cannot be set already: the cell is new.
                 let _ = file.set(found);
@@ -53,7 +52,7 @@ impl Store {
                 map.remove()?;
                 bits = Bits::new(bits.len());
                 // A new file, never the old one emptied: it may be the device of something.
-                std::fs::remove_file(&path)?;
+                files::remove(&path)?;
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 map.remove()?;
@@ -73,16 +72,11 @@ impl Store {
     }
 
     /// The file, created when first needed.
-    pub(crate) fn file(&self) -> io::Result<&File> {
+    pub(crate) fn file(&self) -> io::Result<&Tracked> {
         if let Some(file) = self.file.get() {
             return Ok(file);
         }
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(&self.path)?;
+        let file = files::open_or_create(&self.path)?;
         file.set_len(self.len)?;
         // Two threads may both have opened the same path: either descriptor will do.
         Ok(self.file.get_or_init(|| file))
@@ -148,7 +142,7 @@ impl Store {
         // Bits are set after their data was written, so the data of every bit in this copy is
         // covered by the sync that follows.
         let words: Vec<u64> = self.bits.words().collect();
-        if let Err(error) = self.file().and_then(File::sync_data) {
+        if let Err(error) = self.file().and_then(Tracked::sync) {
             let mut losses = self.losses.write();
             *losses += 1;
             self.bits.keep_only(map.words());
@@ -163,6 +157,13 @@ impl Store {
         stored
     }
 
+    /// Whether every bit is set on disk.
+    pub(crate) fn is_full_on_disk(&self) -> bool {
+        let map = self.map.lock();
+        let set = map.words().iter().map(|word| u64::from(word.count_ones()));
+        set.sum::<u64>() == self.bits.len()
+    }
+
     /// Forgets everything and gives the space back: bits first, then the map, then the file.
     pub(crate) fn retire(&self) -> io::Result<()> {
         let mut map = self.map.lock();
@@ -174,11 +175,7 @@ impl Store {
         self.dirty.store(false, Ordering::Release);
         map.remove()?;
         if let Some(file) = self.file.get() {
-            if let Err(error) = std::fs::remove_file(&self.path)
-                && error.kind() != io::ErrorKind::NotFound
-            {
-                return Err(error);
-            }
+            files::remove(&self.path)?;
             // The descriptor stays open, so unlinking alone would not free the blocks.
             file.set_len(0)?;
             file.set_len(self.len)?;

@@ -1,16 +1,12 @@
 //! The durable outcome of hydration, `proof.json`.
 
-use std::{
-    fs::File,
-    io::{self, Write as _},
-    path::Path,
-};
+use std::{io, path::Path};
 
 use formats::digest::Digest;
 use serde::{Deserialize, Serialize};
 
 use super::{Judged, Verdict};
-use crate::cache::sync_parent;
+use crate::cache::files;
 
 const VERSION: u32 = 1;
 const NAME: &str = "proof.json";
@@ -66,11 +62,12 @@ impl Record {
     pub(super) fn store(&self, dir: &Path) -> io::Result<()> {
         let path = dir.join(NAME);
         let new = dir.join("proof.json.new");
-        let mut file = File::create(&new)?;
-        serde_json::to_writer_pretty(&mut file, self).map_err(io::Error::from)?;
-        file.write_all(b"\n")?;
-        file.sync_all()?;
-        std::fs::rename(&new, &path)?;
-        sync_parent(&path)
+        let mut text = serde_json::to_vec_pretty(self).map_err(io::Error::from)?;
+        text.push(b'\n');
+        let file = files::create(&new)?;
+        file.write_all_at(&text, 0)?;
+        file.sync()?;
+        files::rename(&new, &path)?;
+        files::sync_parent(&path)
     }
 }

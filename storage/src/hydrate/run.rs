@@ -218,6 +218,12 @@ async fn finish(
                 return Ok(false);
             };
             blob.flush_held(true)?;
+            // A flush that failed meanwhile took bits back.
+            if complete && !blob.store.is_full_on_disk() {
+                return Err(io::Error::other(
+                    "the disk lost bytes that were written lately",
+                ));
+            }
             record.store(blob.wire.dir())?;
             if complete {
                 blob.wire.retire()?;

@@ -50,6 +50,7 @@ pub(super) fn table_digest(map: &BlobMap) -> [u8; 32] {
 /// Clears the bits of chunks whose bytes on disk do not have their digest.
 pub(super) fn verify_present(store: &Store, map: &BlobMap, wire: &Wire) -> io::Result<()> {
     let mut buf = Vec::new();
+    let mut wrong = false;
     for (number, chunk) in map.chunks().iter().enumerate() {
         let bit = number as u64;
         if !store.bits.get(bit) {
@@ -60,11 +61,16 @@ pub(super) fn verify_present(store: &Store, map: &BlobMap, wire: &Wire) -> io::R
         let actual = Digest::of(&buf);
         if actual != chunk.digest {
             store.bits.clear_range(bit..bit + 1);
+            wrong = true;
             wire.counters.event(format!(
                 "{}: chunk {number} at {} on disk has digest {actual} instead of {}: fetching it again",
                 wire.name, chunk.decoded, chunk.digest
             ));
         }
+    }
+    if wrong {
+        // The bits leave the disk before the bytes are written anew.
+        store.flush(true, || {})?;
     }
     Ok(())
 }
