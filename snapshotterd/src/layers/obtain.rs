@@ -179,6 +179,7 @@ impl Layers {
                 record.empty = empty;
                 record.implied.clone_from(&implied);
                 record.ready = true;
+                record.resolve_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
                 true
             })
             .await
@@ -244,6 +245,7 @@ fn new_record(wanted: &Wanted) -> LayerRecord {
         created: SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .map_or(0, |since| since.as_secs()),
+        resolve_ms: 0,
     }
 }
 

@@ -162,6 +162,9 @@ pub struct LayerRecord {
     pub origins: Vec<Origin>,
     /// Unix second of the first resolution.
     pub created: u64,
+    /// Milliseconds from asking for its index until it was ready.
+    #[serde(default)]
+    pub resolve_ms: u64,
 }
 
 impl LayerRecord {
@@ -272,6 +275,7 @@ mod tests {
             complete: false,
             origins: Vec::new(),
             created: 0,
+            resolve_ms: 0,
         };
         assert!(record.remember(origin("a")));
         assert!(!record.remember(origin("a")));

@@ -318,6 +318,7 @@ impl Layers {
             "blob_bytes": record.blob_len,
             "device_bytes": record.device_len,
             "empty": record.empty,
+            "resolve_ms": record.resolve_ms,
             "complete": record.complete,
             "verdict": record.verdict.name(),
             "verdict_why": record.verdict.reason(),

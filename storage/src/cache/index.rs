@@ -84,10 +84,19 @@ pub enum IndexError {
     },
 }
 
+/// Blobs up to this size are asked for as a whole.
+const SMALL: u64 = 32 << 10;
+/// What a new connection delivers in its first flight (ten segments, RFC 6928) without headers.
+const FIRST_FLIGHT: u64 = 14 << 10;
+
 /// How much of the end of a blob of `len` bytes to ask for first: TOCs are 0.5 to 1 % of a
-/// layer, more if its files are tiny. Too much costs time at line rate, too little a round trip.
+/// layer, more if its files are tiny. Too much costs time at line rate and, on a new connection,
+/// a round trip for each doubling of its window; too little costs one round trip.
 fn first_guess(len: u64) -> u64 {
-    (len / 96).clamp(64 << 10, 2 << 20).min(len)
+    if len <= SMALL {
+        return len;
+    }
+    (len / 96).clamp(FIRST_FLIGHT, 2 << 20)
 }
 
 impl Wire {
@@ -184,7 +193,8 @@ mod tests {
     #[test]
     fn guesses_are_bounded_by_blob_and_reason() {
         assert_eq!(first_guess(100), 100);
-        assert_eq!(first_guess(1 << 20), 64 << 10);
+        assert_eq!(first_guess(32 << 10), 32 << 10);
+        assert_eq!(first_guess(1 << 20), 14 << 10);
         assert_eq!(first_guess(96 << 20), 1 << 20);
         assert_eq!(first_guess(10 << 30), 2 << 20);
     }

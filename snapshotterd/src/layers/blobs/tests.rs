@@ -88,6 +88,7 @@ async fn opener(root: &Path) -> (Opener, Arc<LayerRecord>) {
                 diff_id: None,
             }],
             created: 1,
+            resolve_ms: 1,
         })
         .await
         .unwrap();

@@ -34,6 +34,7 @@ fn layer(name: &str) -> LayerRecord {
             diff_id: None,
         }],
         created: 1,
+        resolve_ms: 1,
     }
 }
 
