@@ -32,6 +32,29 @@ pub(crate) struct Fixture {
     pub(crate) work: Workdir,
 }
 
+/// A request to the admin socket.
+pub(crate) fn admin(socket: &Path, method: &str, path: &str) -> (u16, Value) {
+    let mut stream = UnixStream::connect(socket).expect("the admin socket");
+    stream
+        .set_read_timeout(Some(Duration::from_secs(60)))
+        .expect("a timeout");
+    write!(
+        stream,
+        "{method} {path} HTTP/1.1\r\nHost: admin\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    )
+    .expect("a request");
+    let mut reply = String::new();
+    stream.read_to_string(&mut reply).expect("a reply");
+    let (head, body) = reply.split_once("\r\n\r\n").expect("a head and a body");
+    let status = head
+        .split(' ')
+        .nth(1)
+        .and_then(|status| status.parse().ok())
+        .expect("a status");
+    let body = serde_json::from_str(body).unwrap_or_else(|error| panic!("{error}: {reply}"));
+    (status, body)
+}
+
 /// Whether the test may go on: as root, in a process and a mount namespace of its own.
 pub(crate) fn ready() -> bool {
     if !machine::is_root() {
@@ -100,25 +123,7 @@ impl Fixture {
 
     /// A request to the admin socket.
     pub(crate) fn admin(&self, method: &str, path: &str) -> (u16, Value) {
-        let mut stream = UnixStream::connect(self.daemon.admin()).expect("the admin socket");
-        stream
-            .set_read_timeout(Some(Duration::from_secs(60)))
-            .expect("a timeout");
-        write!(
-            stream,
-            "{method} {path} HTTP/1.1\r\nHost: admin\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-        )
-        .expect("a request");
-        let mut reply = String::new();
-        stream.read_to_string(&mut reply).expect("a reply");
-        let (head, body) = reply.split_once("\r\n\r\n").expect("a head and a body");
-        let status = head
-            .split(' ')
-            .nth(1)
-            .and_then(|status| status.parse().ok())
-            .expect("a status");
-        let body = serde_json::from_str(body).unwrap_or_else(|error| panic!("{error}: {reply}"));
-        (status, body)
+        admin(&self.daemon.admin(), method, path)
     }
 
     /// The admin API's description of a layer.
