@@ -123,13 +123,17 @@ fn prepare(
 ) -> Result<Vec<(Way, String)>> {
     let host = registry.host();
     let source = format!("oci:{}", layout.dir.display());
+    let scratch = work.sub("scratch");
+    let scratch = scratch.to_string_lossy();
     let named = |tag: &str| format!("{host}/sample:{tag}");
     talk.step("pushing it as an ordinary image")?;
-    snapctl(&["image", "copy", &source, &named("plain")], talk)?;
+    let command = ["image", "copy", "--scratch", &scratch];
+    snapctl(&[&command[..], &[&source, &named("plain")]].concat(), talk)?;
     let mut images = vec![(Way::Eager, named("plain"))];
     if lazy {
         talk.step("converting it to eStargz and pushing that")?;
-        snapctl(&["image", "convert", &source, &named("esgz")], talk)?;
+        let command = ["image", "convert", "--scratch", &scratch];
+        snapctl(&[&command[..], &[&source, &named("esgz")]].concat(), talk)?;
         talk.step("running it once to record which files its start reads")?;
         let record = work.path().join("record.json");
         let record = record.to_string_lossy();
@@ -150,6 +154,8 @@ fn prepare(
             &[
                 "image",
                 "convert",
+                "--scratch",
+                &scratch,
                 "--record",
                 &record,
                 &source,

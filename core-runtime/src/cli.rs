@@ -6,7 +6,7 @@ mod machine;
 mod output;
 mod run;
 
-use std::{path::PathBuf, process::ExitCode, sync::Arc};
+use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result};
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
@@ -127,8 +127,9 @@ pub fn main() -> ExitCode {
                 () = interrupted() => Err(anyhow::anyhow!("interrupted")),
             }
         });
-        // Blocking work (a hash, a write) is not worth waiting for after an error or Ctrl-C.
-        runtime.shutdown_background();
+        // Tasks drop their scratch directories here. Blocking work (a hash, a write) that goes on
+        // after an error or Ctrl-C is not worth waiting for.
+        runtime.shutdown_timeout(Duration::from_secs(1));
         result
     });
     match result {

@@ -47,9 +47,11 @@ pub struct ProbeOptions {
     pub dir: PathBuf,
     /// Starts mount helpers.
     pub helper: Helper,
-    /// A directory on the file system of the cache, made and removed by the probe, to try
-    /// direct I/O on plain files in. `None`: that is not tried.
-    pub plain_dir: Option<PathBuf>,
+    /// A directory on the file system of the cache, made and removed by the probe, for its images:
+    /// the kernel refuses to read EROFS from files on tmpfs, where `dir` usually is.
+    pub image_dir: PathBuf,
+    /// Whether to try direct I/O on plain files of that file system.
+    pub direct_io: bool,
     /// Where reads that wait are continued.
     pub runtime: tokio::runtime::Handle,
     /// Bound for each step.
@@ -138,8 +140,8 @@ impl ProbeReport {
 /// Probes this kernel. Takes about half a second where everything works.
 pub async fn run(options: &ProbeOptions, image: ProbeImage) -> ProbeReport {
     let mut report = ProbeReport::untried("an earlier step failed");
-    if let Err(e) = prepare(&options.dir, &image) {
-        report.fuse = Finding::Untried(format!("prepare {}: {e}", options.dir.display()));
+    if let Err((dir, e)) = prepare(options, &image) {
+        report.fuse = Finding::Untried(format!("prepare {}: {e}", dir.display()));
         return report;
     }
     let source = Arc::new(Source {
@@ -169,10 +171,10 @@ pub async fn run(options: &ProbeOptions, image: ProbeImage) -> ProbeReport {
         }
         Err(e) => report.fuse = Finding::Fails(chain(&e)),
     }
-    if let Some(dir) = &options.plain_dir {
-        report.direct_io = probe.direct_io(dir).await;
-        let _ = fs::remove_dir_all(dir);
+    if options.direct_io {
+        report.direct_io = probe.direct_io().await;
     }
+    let _ = fs::remove_dir_all(&options.image_dir);
     // Fails only where a mount could not be taken away; that was told.
     let _ = fs::remove_dir_all(&options.dir);
     report
@@ -213,7 +215,7 @@ impl Probe<'_> {
 
     async fn erofs(&self, device: &Path, place: &str) -> Finding {
         let mount = ErofsMount {
-            metadata: self.place("image"),
+            metadata: self.options.image_dir.join("image"),
             devices: vec![device.to_owned()],
             target: self.place(place),
             direct_io: false,
@@ -225,13 +227,11 @@ impl Probe<'_> {
         self.reads_ready(place).await
     }
 
-    async fn direct_io(&self, dir: &Path) -> Finding {
+    async fn direct_io(&self) -> Finding {
         let image = &self.source.image;
+        let dir = &self.options.image_dir;
         let (metadata, device) = (dir.join("image"), dir.join("device"));
-        let written = fs::create_dir_all(dir)
-            .and_then(|()| fs::write(&metadata, &image.metadata))
-            .and_then(|()| fs::write(&device, &image.device));
-        if let Err(e) = written {
+        if let Err(e) = fs::write(&device, &image.device) {
             return Finding::Untried(format!("prepare {}: {e}", dir.display()));
         }
         let mount = ErofsMount {
@@ -357,11 +357,14 @@ impl Probe<'_> {
     }
 }
 
-fn prepare(dir: &Path, image: &ProbeImage) -> io::Result<()> {
+fn prepare<'a>(options: &'a ProbeOptions, image: &ProbeImage) -> Result<(), (&'a Path, io::Error)> {
+    let (dir, image_dir) = (&options.dir, &options.image_dir);
     for place in ["b", "d", "e1", "e2", "o1", "o2", "empty"] {
-        fs::create_dir_all(dir.join(place))?;
+        fs::create_dir_all(dir.join(place)).map_err(|e| (dir.as_path(), e))?;
     }
-    fs::write(dir.join("image"), &image.metadata)
+    fs::create_dir_all(image_dir)
+        .and_then(|()| fs::write(image_dir.join("image"), &image.metadata))
+        .map_err(|e| (image_dir.as_path(), e))
 }
 
 fn no_wait() -> Finding {

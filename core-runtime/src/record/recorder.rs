@@ -75,7 +75,8 @@ pub async fn record(
     let program = find_daemon(options.snapshotterd.as_deref())?;
     let work = tempfile::Builder::new()
         .prefix("sd-record-")
-        .tempdir()
+        // Not /tmp: that is often a tmpfs, from which EROFS cannot be mounted, and the image goes here.
+        .tempdir_in("/var/tmp")
         .context("a private directory")?;
     let source = Store::open(location, access)?;
     let original = Image::read(&source, &HostPlatform::current()).await?;

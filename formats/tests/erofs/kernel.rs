@@ -47,7 +47,7 @@ fn fsck_accepts_the_image() {
         skip("fsck.erofs (package erofs-utils) is not installed");
         return;
     }
-    let dir = tempfile::tempdir().unwrap();
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
     for (name, (tree, device_len)) in [
         ("everything", everything()),
         ("empty", (LayerTree::empty(), 0)),
@@ -170,7 +170,7 @@ fn inside_tree() {
     if std::env::var_os(INSIDE).is_none() {
         return;
     }
-    let dir = tempfile::tempdir().unwrap();
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
     let (tree, device_len) = everything();
     let layer = Layer::store(dir.path(), "l", &tree, device_len);
     let root = dir.path().join("mnt");
@@ -349,7 +349,7 @@ fn inside_overlay() {
     if std::env::var_os(INSIDE).is_none() {
         return;
     }
-    let dir = tempfile::tempdir().unwrap();
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
     let lower = |sample: &mut Sample, path: &str| {
         let kind = sample.file(100);
         sample.add(path, attrs(0o644), kind);

@@ -33,7 +33,8 @@ fn probe(world: &World, image: ProbeImage) -> ProbeReport {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let options = ProbeOptions {
         dir: world.path("probe"),
-        plain_dir: Some(world.path("plain")),
+        image_dir: world.path("images"),
+        direct_io: true,
         helper: Helper::new(CommandLine::new(FIXTURE, ["mount-helper"])),
         runtime: runtime.handle().clone(),
         step: Duration::from_secs(20),
@@ -41,7 +42,7 @@ fn probe(world: &World, image: ProbeImage) -> ProbeReport {
     let report = runtime.block_on(probe::run(&options, image));
     assert!(world.mounts().is_empty(), "{:?}", world.mounts());
     assert!(!options.dir.exists());
-    assert!(!world.path("plain").exists());
+    assert!(!world.path("images").exists());
     report
 }
 

@@ -42,7 +42,8 @@ impl World {
             skip("no /dev/fuse");
             return None;
         }
-        let dir = TempDir::new().unwrap();
+        // Not /tmp: that is often a tmpfs, from which EROFS cannot be mounted.
+        let dir = TempDir::new_in("/var/tmp").unwrap();
         let script = json!({ "release": dir.path().join("release"), "nodes": nodes });
         fs::write(dir.path().join("script.json"), script.to_string()).unwrap();
         Some(Self { dir })

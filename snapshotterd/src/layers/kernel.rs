@@ -69,7 +69,8 @@ pub async fn examine(state: &Path, root: &Path, helper: &Helper) -> (Findings, R
     let unsound = unsound_direct_io(&found.release);
     let options = ProbeOptions {
         dir: state.join("probe"),
-        plain_dir: unsound.is_none().then(|| root.join("probe")),
+        image_dir: root.join("probe"),
+        direct_io: unsound.is_none(),
         helper: helper.clone(),
         runtime: tokio::runtime::Handle::current(),
         step: STEP,

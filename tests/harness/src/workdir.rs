@@ -14,12 +14,13 @@ pub struct Workdir {
 }
 
 impl Workdir {
-    /// A fresh one with a short path (unix sockets allow 107 bytes).
+    /// A fresh one with a short path (unix sockets allow 107 bytes), on disk: /tmp is often a tmpfs,
+    /// from which EROFS cannot be mounted.
     ///
     /// # Panics
     /// When the directory cannot be made.
     pub fn new() -> Self {
-        Self::below(Path::new("/tmp"))
+        Self::below(Path::new("/var/tmp"))
     }
 
     /// A fresh one in another directory, which must be short as well.

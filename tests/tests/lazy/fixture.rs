@@ -9,6 +9,7 @@ use std::{
 };
 
 use lab::{Lab, LabOptions};
+use rustix::mount::MountFlags;
 use serde_json::Value;
 use suite::{
     daemon::Daemon,
@@ -69,6 +70,15 @@ impl Fixture {
         let work = Workdir::new();
         let lab = Lab::start_blocking(LabOptions::new(work.sub("registry")))
             .expect("the lab registry starts");
+        // As on real machines, where it is below /run.
+        rustix::mount::mount(
+            "tmpfs",
+            work.sub("d/run"),
+            "tmpfs",
+            MountFlags::empty(),
+            None,
+        )
+        .expect("a tmpfs for the state directory");
         let daemon = Daemon::start(&work.sub("d"), config);
         Self { daemon, lab, work }
     }
