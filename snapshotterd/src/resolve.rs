@@ -149,6 +149,7 @@ impl Resolver {
         // Without a manifest digest nothing but the label binds the index.
         if announced.manifest.is_none() && announced.toc.is_none() {
             return Err(answer.err().unwrap_or_else(|| NotLazy::NoTocDigest {
+                image: announced.image.clone(),
                 layer: announced.layer,
                 media_type: "no TOC digest label, no manifest digest label".to_owned(),
             }));
@@ -167,7 +168,7 @@ impl Resolver {
             _ => None,
         };
         let label = announced.toc.filter(|_| by_manifest.is_none());
-        let index = label.or_else(|| planned?.bound_index().ok());
+        let index = label.or_else(|| planned?.bound_index(&image.key.image).ok());
         let (step, asked) = if image.plan.peek().is_none() {
             ("reading the image's manifest and config", by_manifest)
         } else {
@@ -311,7 +312,7 @@ impl Resolver {
             })?;
             let index = match label {
                 Some(label) => label,
-                None => planned.bound_index()?,
+                None => planned.bound_index(&key.image)?,
             };
             // A config speaks for the layers of its own manifest only.
             let diff_id = planned

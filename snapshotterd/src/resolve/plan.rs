@@ -38,15 +38,17 @@ pub struct PlannedLayer {
 }
 
 impl PlannedLayer {
-    /// The index digest, or why the layer is not lazy.
-    pub fn bound_index(&self) -> Result<Digest, NotLazy> {
+    /// The index digest, or why the layer of `image` is not lazy.
+    pub fn bound_index(&self, image: &str) -> Result<Digest, NotLazy> {
         if !self.can_be_lazy {
             return Err(NotLazy::MediaType {
+                image: image.to_owned(),
                 layer: self.digest,
                 media_type: self.media_type.clone(),
             });
         }
         self.index.clone().map_err(|detail| NotLazy::NoTocDigest {
+            image: image.to_owned(),
             layer: self.digest,
             media_type: detail,
         })
@@ -309,8 +311,8 @@ mod tests {
             ],
         );
         let plan = plan(Digest::of(b"manifest"), &manifest, None);
-        assert_eq!(plan.layers[0].bound_index().ok(), Some(toc));
-        let why = |n: usize| plan.layers[n].bound_index().unwrap_err().kind();
+        assert_eq!(plan.layers[0].bound_index("i").ok(), Some(toc));
+        let why = |n: usize| plan.layers[n].bound_index("i").unwrap_err().kind();
         assert_eq!(why(1), "no-toc-digest");
         assert_eq!(why(2), "media-type");
         assert_eq!(why(3), "media-type");

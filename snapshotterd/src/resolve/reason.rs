@@ -51,18 +51,24 @@ pub enum NotLazy {
     },
     /// The descriptor binds no index.
     #[error(
-        "layer {layer} has no TOC digest annotation ({media_type}): it is not eStargz, or cannot \
+        "layer {layer} of {image} has no TOC digest annotation ({media_type}): it is not eStargz, or cannot \
          be verified chunk by chunk; snapctl image convert makes a lazy image of it"
     )]
     NoTocDigest {
+        /// The image.
+        image: String,
         /// The layer.
         layer: Digest,
         /// Its media type, or what is known of it.
         media_type: String,
     },
     /// The media type is not one that can be lazy.
-    #[error("layer {layer} has media type {media_type}, which cannot be loaded lazily yet")]
+    #[error(
+        "layer {layer} of {image} has media type {media_type}, which cannot be loaded lazily yet"
+    )]
     MediaType {
+        /// The image.
+        image: String,
         /// The layer.
         layer: Digest,
         /// Its media type.

@@ -277,6 +277,7 @@ fn media_types_nobody_knows_are_refused() {
             let why = fixture.why_not(&image, 0);
             let digest = image.layers[0].digest().to_string();
             assert!(why.contains(&digest), "{why}");
+            assert!(why.contains(&repository), "{why}");
             assert!(why.contains("media type"), "{why}");
             alive(&fixture, pid);
         }
