@@ -99,7 +99,11 @@ impl Containerd {
         let path = target.display().to_string();
         let command = self.ctr(snapshots.iter().chain(&["mounts", &path, &name]));
         std::fs::create_dir_all(target).expect("a mount point");
-        let mounted = Command::new("sh").args(["-c", &command]).output();
+        // Newer mount(8) passes each option by fsconfig(2), which takes 255 bytes.
+        let mounted = Command::new("sh")
+            .args(["-c", &command])
+            .env("LIBMOUNT_FORCE_MOUNT2", "always")
+            .output();
         let mounted = mounted.expect("sh(1) starts");
         let error = String::from_utf8_lossy(&mounted.stderr);
         assert!(mounted.status.success(), "{command}: {error}");
