@@ -102,16 +102,7 @@ impl Bench<'_> {
             );
             Daemon::start(&work.sub("d"), &config)
         });
-        let setup = Setup {
-            line: self.line,
-            snapshotter: daemon
-                .as_ref()
-                .map(|daemon| (daemon.socket(), daemon.root())),
-            cri_snapshotter: "overlayfs".into(),
-            sandbox_image: "none/none:1".into(),
-            hosts_dir: work.sub("hosts"),
-            tuned: true,
-        };
+        let setup = tuned(self.line, &work, daemon.as_ref());
         let containerd = Containerd::start(&work.sub("c"), setup);
         let snapshotter = if lazy { PLUGIN } else { "overlayfs" };
         if let Some(daemon) = &daemon {
@@ -121,24 +112,7 @@ impl Bench<'_> {
         self.lab.set_link(Some(link));
         let before = self.lab.log().mark();
         let started = Instant::now();
-        let pulled = containerd.ctr_within(
-            600,
-            [
-                "images",
-                "pull",
-                "--plain-http",
-                "--snapshotter",
-                snapshotter,
-                image,
-            ],
-        );
-        let pull_seconds = started.elapsed().as_secs_f64();
-        if !pulled.status.success() {
-            bail!(
-                "ctr images pull: {}",
-                String::from_utf8_lossy(&pulled.stderr).trim()
-            );
-        }
+        let pull_seconds = pull(&containerd, snapshotter, image)?;
         let answers = daemon
             .as_ref()
             .map(|daemon| client::requests(&daemon.admin()))
@@ -187,6 +161,33 @@ impl Bench<'_> {
             daemon_rss_bytes,
         })
     }
+}
+
+/// containerd tuned for pulls, with the daemon as a snapshotter if there is one.
+pub fn tuned(line: Line, work: &Workdir, daemon: Option<&Daemon>) -> Setup {
+    Setup {
+        line,
+        snapshotter: daemon.map(|daemon| (daemon.socket(), daemon.root())),
+        cri_snapshotter: "overlayfs".into(),
+        sandbox_image: "none/none:1".into(),
+        hosts_dir: work.sub("hosts"),
+        tuned: true,
+    }
+}
+
+/// `ctr images pull`; how many seconds it took.
+pub fn pull(containerd: &Containerd, snapshotter: &str, image: &str) -> Result<f64> {
+    let started = Instant::now();
+    let flags = ["images", "pull", "--plain-http", "--snapshotter"];
+    let pulled = containerd.ctr_within(600, flags.into_iter().chain([snapshotter, image]));
+    let seconds = started.elapsed().as_secs_f64();
+    if !pulled.status.success() {
+        bail!(
+            "ctr images pull: {}",
+            String::from_utf8_lossy(&pulled.stderr).trim()
+        );
+    }
+    Ok(seconds)
 }
 
 /// Starts `ctr run` and returns as soon as the line has come; the workload then ends by itself.

@@ -4,9 +4,11 @@
 pub mod client;
 pub mod containerd;
 pub mod demo;
+pub mod figures;
 pub mod floor;
 pub mod isolation;
 mod node;
+mod packed;
 pub mod sample;
 pub mod signals;
 pub mod steady;

@@ -24,7 +24,10 @@ use harness::workdir::Workdir;
 use lab::{Lab, LabOptions};
 use serde::Serialize;
 
-use crate::node::{Node, Sampler, load};
+use crate::{
+    figures::{median, range},
+    node::{Node, Sampler, load},
+};
 use group::{Charge, Group};
 use images::{BASE_IMAGES, Corpus};
 use reader::{Plan, Task, Tree};
@@ -447,22 +450,6 @@ impl Bench<'_> {
     }
 }
 
-fn range(values: impl Iterator<Item = f64>) -> (f64, f64) {
-    values.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), value| {
-        (low.min(value), high.max(value))
-    })
-}
-
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<_> = values.collect();
-    values.sort_by(f64::total_cmp);
-    match values.len() {
-        0 => f64::NAN,
-        n if n % 2 == 1 => values[n / 2],
-        n => f64::midpoint(values[n / 2 - 1], values[n / 2]),
-    }
-}
-
 /// How many images share one base.
 pub const SHARED_IMAGES: usize = BASE_IMAGES;
 
@@ -490,11 +477,5 @@ mod tests {
         assert!(row(Question::Charged, 1.1, 1.1).met());
         assert!(!row(Question::SharedBase, 1.2, 1.1).met());
         assert!(!row(Question::IdleMemory, f64::NAN, 60.0).met());
-    }
-
-    #[test]
-    fn the_median_of_an_even_number_lies_between() {
-        assert!((median([4.0, 1.0, 2.0, 3.0].into_iter()) - 2.5).abs() < 1e-9);
-        assert!(median(std::iter::empty()).is_nan());
     }
 }

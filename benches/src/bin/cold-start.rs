@@ -5,6 +5,7 @@ use std::{cell::RefCell, path::PathBuf, process::Command, time::Duration};
 use anyhow::{Context as _, Result, bail};
 use benches::{
     containerd::{Bench, Start, System},
+    figures::{median, range},
     floor::floor,
     sample::{self, SampleOptions},
 };
@@ -133,10 +134,7 @@ fn report(link: &LinkModel, starts: &[Start], start_list: u64, image_bytes: u64)
     );
     for system in [System::Overlayfs, System::Lazy, System::Optimised] {
         let seconds = median(of(system).map(|start| start.seconds));
-        let low = of(system)
-            .map(|start| start.seconds)
-            .fold(f64::INFINITY, f64::min);
-        let high = of(system).map(|start| start.seconds).fold(0.0, f64::max);
+        let (low, high) = range(of(system).map(|start| start.seconds));
         let needed =
             median(of(system).map(|start| (start.demand_bytes + start.prefetch_bytes) as f64));
         let needed = if system == System::Overlayfs {
@@ -158,16 +156,6 @@ fn report(link: &LinkModel, starts: &[Start], start_list: u64, image_bytes: u64)
             100.0 * needed / image_bytes as f64,
             median(of(system).map(|start| start.requests as f64)),
         );
-    }
-}
-
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<_> = values.collect();
-    values.sort_by(f64::total_cmp);
-    match values.len() {
-        0 => f64::NAN,
-        n if n % 2 == 1 => values[n / 2],
-        n => f64::midpoint(values[n / 2 - 1], values[n / 2]),
     }
 }
 

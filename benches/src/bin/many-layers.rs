@@ -9,13 +9,13 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use benches::{
-    client,
+    client, containerd,
     sample::{LayerFiles, write_layout},
 };
 use clap::Parser;
 use formats::digest::Digest;
 use harness::{
-    containerd::{Containerd, Line, PLUGIN, Setup},
+    containerd::{Containerd, Line, PLUGIN},
     daemon::Daemon,
     machine::binary,
     workdir::Workdir,
@@ -77,7 +77,7 @@ fn main() -> Result<()> {
     let mut missed = 0;
     for link in &options.links {
         for _ in 0..options.rounds {
-            let pull = pull(&options.scratch, &lab, &image, *link)?;
+            let pull = measure(&options.scratch, &lab, &image, *link)?;
             let bound = pull.slowest_layer + 2.0 * link.rtt.as_secs_f64();
             let met = pull.inside() <= bound;
             missed += usize::from(!met);
@@ -131,48 +131,21 @@ impl Pull {
     }
 }
 
-fn pull(scratch: &Path, lab: &Lab, image: &str, link: LinkModel) -> Result<Pull> {
+fn measure(scratch: &Path, lab: &Lab, image: &str, link: LinkModel) -> Result<Pull> {
     let work = Workdir::below(scratch);
     let config = format!(
         "[lazy]\nhydration = \"off\"\n[containerd]\naddress = {:?}\n",
         work.path().join("c/c.sock").display().to_string()
     );
     let daemon = Daemon::start(&work.sub("d"), &config);
-    let containerd = Containerd::start(
-        &work.sub("c"),
-        Setup {
-            line: Line::V2_4,
-            snapshotter: Some((daemon.socket(), daemon.root())),
-            cri_snapshotter: "overlayfs".into(),
-            sandbox_image: "none/none:1".into(),
-            hosts_dir: work.sub("hosts"),
-            tuned: true,
-        },
-    );
+    let setup = containerd::tuned(Line::V2_4, &work, Some(&daemon));
+    let containerd = Containerd::start(&work.sub("c"), setup);
     client::wait_until_settled(&daemon.admin())?;
     let earlier = client::requests(&daemon.admin())?;
     lab.set_link(Some(link));
     let mark = lab.log().mark();
-    let started = Instant::now();
-    let pulled = containerd.ctr_within(
-        120,
-        [
-            "images",
-            "pull",
-            "--plain-http",
-            "--snapshotter",
-            PLUGIN,
-            image,
-        ],
-    );
-    let seconds = started.elapsed().as_secs_f64();
+    let seconds = containerd::pull(&containerd, PLUGIN, image)?;
     lab.set_link(None);
-    if !pulled.status.success() {
-        bail!(
-            "ctr images pull: {}",
-            String::from_utf8_lossy(&pulled.stderr).trim()
-        );
-    }
     let mut requests = client::requests(&daemon.admin())?;
     for (method, before) in earlier {
         let now = requests.entry(method).or_default();

@@ -1,22 +1,12 @@
 //! The two images: one whose registry will stall, one whose registry goes on.
 
-use std::{
-    fs::File,
-    io::{BufReader, BufWriter, Write as _},
-    path::Path,
-};
-
 use anyhow::{Context as _, Result};
-use formats::{
-    digest::Digest,
-    limits::Limits,
-    oci::{Descriptor, ImageConfig, Manifest, media_type},
-    stargz::{self, WriterOptions},
-};
+use formats::digest::Digest;
 use harness::workdir::Workdir;
 use lab::Handle;
 
 use super::content;
+use crate::packed::{Layer, LayerTar, push_image};
 
 /// Read again and again once it is local.
 pub(super) const LOCAL_FILE: &str = "local";
@@ -99,11 +89,6 @@ pub(super) fn push_measured(
     push(lab, "b", &layers.into_iter().collect::<Result<Vec<_>>>()?)
 }
 
-struct Layer {
-    descriptor: Descriptor,
-    diff_id: Digest,
-}
-
 fn repository(image: &str) -> String {
     format!("bench/isolation-{image}")
 }
@@ -116,87 +101,22 @@ fn layer(
     directory: &str,
     files: impl Iterator<Item = (String, u64)>,
 ) -> Result<Layer> {
-    let path = |name: &str| work.path().join(name);
-    let (tar, blob) = (path("layer.tar"), path("layer.blob"));
-    let mut builder = tar::Builder::new(BufWriter::new(File::create(&tar)?));
-    let mut folder = header(0o755, 0);
-    folder.set_entry_type(tar::EntryType::Directory);
-    builder.append_data(&mut folder, format!("{directory}/"), std::io::empty())?;
+    let mut tar = LayerTar::new(work)?;
+    tar.directory(directory.as_ref())?;
     let ends = ["first", "last"].map(|end| (format!("{directory}/{end}"), END_BYTES));
     let [first, last] = ends;
     for (path, len) in std::iter::once(first).chain(files).chain([last]) {
-        let mut header = header(0o644, len);
-        builder.append_data(&mut header, &path, content::file(&path, len))?;
+        tar.file(path.as_ref(), len, content::file(&path, len))?;
     }
-    builder.into_inner()?.flush()?;
-    let built = pack(&tar, &blob).with_context(|| format!("packing layer {directory}"))?;
-    let (digest, len) = lab.push_blob_from(&repository(image), File::open(&blob)?)?;
-    std::fs::remove_file(&tar)?;
-    std::fs::remove_file(&blob)?;
-    let mut descriptor = Descriptor::new(media_type::OCI_LAYER_GZIP, digest, len);
-    descriptor.annotations.extend(built.annotations());
-    Ok(Layer {
-        descriptor,
-        diff_id: built.diff_id,
-    })
-}
-
-fn pack(tar: &Path, blob: &Path) -> Result<stargz::Built> {
-    let options = WriterOptions {
-        chunk_size: CHUNK_BYTES,
-        level: 1,
-        ..WriterOptions::default()
-    };
-    Ok(stargz::build(
-        BufReader::new(File::open(tar)?),
-        BufWriter::new(File::create(blob)?),
-        &options,
-        &Limits::default(),
-    )?)
+    tar.push(lab, &repository(image), Some(CHUNK_BYTES))
+        .with_context(|| format!("layer {directory}"))
 }
 
 fn push(lab: &Handle, image: &str, layers: &[Layer]) -> Result<Pushed> {
-    let mut config = ImageConfig {
-        architecture: if cfg!(target_arch = "aarch64") {
-            "arm64"
-        } else {
-            "amd64"
-        }
-        .into(),
-        os: "linux".into(),
-        ..ImageConfig::default()
-    };
-    config.rootfs.diff_ids = layers.iter().map(|layer| layer.diff_id).collect();
-    let config = config.to_json();
-    let repository = repository(image);
-    lab.push_blob(&repository, &config)?;
-    let manifest = Manifest::new(
-        Descriptor::of(media_type::OCI_CONFIG, &config),
-        layers
-            .iter()
-            .map(|layer| layer.descriptor.clone())
-            .collect(),
-    );
-    lab.push_manifest(
-        &repository,
-        "1",
-        media_type::OCI_MANIFEST,
-        &manifest.to_json(),
-    )?;
     Ok(Pushed {
-        reference: format!("{}/{repository}:1", lab.host()),
+        reference: push_image(lab, &repository(image), "1", layers.iter())?,
         layers: layers.iter().map(|layer| layer.descriptor.digest).collect(),
     })
-}
-
-fn header(mode: u32, len: u64) -> tar::Header {
-    let mut header = tar::Header::new_gnu();
-    header.set_mode(mode);
-    header.set_size(len);
-    header.set_mtime(1_700_000_000);
-    header.set_uid(0);
-    header.set_gid(0);
-    header
 }
 
 #[cfg(test)]

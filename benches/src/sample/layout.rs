@@ -13,6 +13,7 @@ use serde_json::json;
 use sha2::{Digest as _, Sha256};
 
 use super::LayerFiles;
+use crate::packed::architecture;
 
 /// An OCI image layout on disk that holds one image.
 #[derive(Clone, Debug)]
@@ -89,13 +90,8 @@ pub fn write_layout(
             "mediaType": "application/vnd.oci.image.layer.v1.tar+gzip", "digest": digest, "size": size,
         }));
     }
-    let architecture = if cfg!(target_arch = "aarch64") {
-        "arm64"
-    } else {
-        "amd64"
-    };
     let config = json!({
-        "architecture": architecture,
+        "architecture": architecture(),
         "os": "linux",
         "config": {
             "Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONDONTWRITEBYTECODE=1"],

@@ -1,22 +1,16 @@
 //! What is read: the same files as ordinary directories and as eStargz layers in the registry.
 
 use std::{
-    fs::{self, File},
-    io::{BufReader, BufWriter, Write as _},
+    fs,
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context as _, Result};
-use formats::{
-    digest::Digest,
-    limits::Limits,
-    oci::{Descriptor, ImageConfig, Manifest, media_type},
-    stargz::{self, WriterOptions},
-};
 use harness::workdir::Workdir;
 use lab::Lab;
 
 use super::SteadyOptions;
+use crate::packed::{self, LayerTar, push_image};
 
 /// The large file.
 pub(super) const LARGE_FILE: &str = "data/large";
@@ -88,10 +82,10 @@ impl Corpus {
     }
 }
 
+/// A layer, both ways.
 struct Layer {
     dir: PathBuf,
-    descriptor: Descriptor,
-    diff_id: Digest,
+    packed: packed::Layer,
 }
 
 struct Packer<'a> {
@@ -103,112 +97,44 @@ impl Packer<'_> {
     /// A layer of files with a path and a length each.
     fn layer(&self, name: &str, files: &[(String, usize)]) -> Result<Layer> {
         let dir = self.work.sub("plain").join(name);
-        let (tar, blob) = (
-            self.work.path().join("layer.tar"),
-            self.work.path().join("layer.blob"),
-        );
-        let mut builder = tar::Builder::new(BufWriter::new(File::create(&tar)?));
+        let mut tar = LayerTar::new(self.work)?;
         let mut made = PathBuf::new();
         for (path, length) in files {
-            let host = dir.join(path);
             let parent = Path::new(path).parent().context("a file in a directory")?;
             if parent != made {
                 fs::create_dir_all(dir.join(parent))?;
-                directories(&mut builder, &made, parent)?;
+                for directory in missing(&made, parent) {
+                    tar.directory(directory)?;
+                }
                 parent.clone_into(&mut made);
             }
             let bytes = noise(name, path, *length);
-            let mut file = File::create(&host)?;
-            file.write_all(&bytes)?;
-            let mut header = header(0o644, *length as u64);
-            builder.append_data(&mut header, path, bytes.as_slice())?;
+            fs::write(dir.join(path), &bytes)?;
+            tar.file(path.as_ref(), *length as u64, bytes.as_slice())?;
         }
-        builder.into_inner()?.flush()?;
-
-        let options = WriterOptions {
-            level: 1,
-            ..WriterOptions::default()
-        };
-        let built = stargz::build(
-            BufReader::new(File::open(&tar)?),
-            BufWriter::new(File::create(&blob)?),
-            &options,
-            &Limits::default(),
-        )
-        .with_context(|| format!("packing layer {name}"))?;
-        let (digest, length) = self.lab.push_blob_from(REPOSITORY, File::open(&blob)?)?;
-        let mut descriptor = Descriptor::new(media_type::OCI_LAYER_GZIP, digest, length);
-        descriptor.annotations.extend(built.annotations());
-        fs::remove_file(&tar)?;
-        fs::remove_file(&blob)?;
-        Ok(Layer {
-            dir,
-            descriptor,
-            diff_id: built.diff_id,
-        })
+        let packed = tar
+            .push(self.lab, REPOSITORY, None)
+            .with_context(|| format!("layer {name}"))?;
+        Ok(Layer { dir, packed })
     }
 
     fn image(&self, tag: &str, layers: &[&Layer]) -> Result<Both> {
-        let mut config = ImageConfig {
-            architecture: if cfg!(target_arch = "aarch64") {
-                "arm64"
-            } else {
-                "amd64"
-            }
-            .into(),
-            os: "linux".into(),
-            ..ImageConfig::default()
-        };
-        config.rootfs.diff_ids = layers.iter().map(|layer| layer.diff_id).collect();
-        let config = config.to_json();
-        self.lab.push_blob(REPOSITORY, &config)?;
-        let manifest = Manifest::new(
-            Descriptor::of(media_type::OCI_CONFIG, &config),
-            layers
-                .iter()
-                .map(|layer| layer.descriptor.clone())
-                .collect(),
-        );
-        self.lab.push_manifest(
-            REPOSITORY,
-            tag,
-            media_type::OCI_MANIFEST,
-            &manifest.to_json(),
-        )?;
+        let packed = layers.iter().map(|layer| &layer.packed);
         Ok(Both {
-            reference: format!("{}/{REPOSITORY}:{tag}", self.lab.host()),
+            reference: push_image(self.lab, REPOSITORY, tag, packed)?,
             lowers: layers.iter().map(|layer| layer.dir.clone()).collect(),
         })
     }
 }
 
-/// Entries of the directories on the way to `parent` that were not there for `last` yet.
-fn directories<W: std::io::Write>(
-    builder: &mut tar::Builder<W>,
-    last: &Path,
-    parent: &Path,
-) -> Result<()> {
+/// The directories on the way to `parent` that were not there for `last` yet.
+fn missing<'a>(last: &Path, parent: &'a Path) -> Vec<&'a Path> {
     let mut missing: Vec<_> = parent
         .ancestors()
         .filter(|path| !path.as_os_str().is_empty() && !last.starts_with(path))
         .collect();
     missing.reverse();
-    for path in missing {
-        let mut header = header(0o755, 0);
-        header.set_entry_type(tar::EntryType::Directory);
-        builder.append_data(&mut header, path, std::io::empty())?;
-    }
-    Ok(())
-}
-
-fn header(mode: u32, length: u64) -> tar::Header {
-    let mut header = tar::Header::new_gnu();
-    header.set_mode(mode);
-    header.set_size(length);
-    header.set_mtime(1_700_000_000);
-    header.set_uid(0);
-    header.set_gid(0);
-    header
+    missing
 }
 
 /// Bytes that look random, the same on every run and different for every file.
