@@ -138,6 +138,10 @@ fn installed_oci_runtime_runs_the_program() {
         (Engine::Oci(program), _) | (Engine::Embedded, Some(program)) => Engine::Oci(program),
         (Engine::Embedded, None) => return skip("no runc, crun or youki here"),
     };
+    let mounted = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    if !mounted.contains(" - cgroup") {
+        return skip("no cgroup hierarchy is mounted: runc cannot start containers");
+    }
     let script = "echo $GREETING $$; cat /bound/file; exit 7";
     let Some((code, output)) = run(engine, &["sh", "-c", script], false) else {
         return;

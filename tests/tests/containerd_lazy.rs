@@ -273,6 +273,9 @@ fn wrong_layers_are_unpacked_or_named_on_1_6() {
 }
 
 fn runs(line: Line) {
+    if let Some(why) = line.cannot_run() {
+        return skip(&why);
+    }
     if !ready(line) {
         return;
     }
@@ -309,6 +312,9 @@ fn a_container_starts_lazily_on_1_6() {
 }
 
 fn kubernetes(line: Line) {
+    if let Some(why) = line.cannot_run() {
+        return skip(&why);
+    }
     if !ready(line) {
         return;
     }

@@ -10,7 +10,7 @@ use std::{
 
 use crate::{
     daemon::tail,
-    machine::{cache_dir, deb_program, runc},
+    machine::{cache_dir, deb_program, has_cgroups, runc},
     process::{Process, wait_for},
 };
 
@@ -59,6 +59,12 @@ impl Line {
                     .then_some(dir)
             }
         }
+    }
+
+    /// Why no container can be started by it here, for a skip message.
+    pub fn cannot_run(self) -> Option<String> {
+        let no_cgroups = || "no cgroup hierarchy is mounted: runc cannot start containers".into();
+        self.missing().or_else(|| (!has_cgroups()).then(no_cgroups))
     }
 
     /// Why [`Self::programs`] or runc is missing, for a skip message.

@@ -61,6 +61,19 @@ pub fn runc() -> Option<PathBuf> {
     on_path("runc").or_else(|| deb_program("runc", "usr/sbin/runc"))
 }
 
+/// Whether a cgroup hierarchy is mounted here: runc starts nothing without one, and folders that
+/// one enters by chroot(8) often have none.
+pub fn has_cgroups() -> bool {
+    mountinfo_has_cgroups(&std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default())
+}
+
+fn mountinfo_has_cgroups(mountinfo: &str) -> bool {
+    mountinfo
+        .lines()
+        .filter_map(|line| line.split_once(" - "))
+        .any(|(_, rest)| rest.starts_with("cgroup ") || rest.starts_with("cgroup2 "))
+}
+
 /// The third-party image fixtures, never part of this repository.
 pub fn fixtures() -> Option<PathBuf> {
     let dir = env::var_os("SNAPSHOTTERD_FIXTURES").map_or_else(
@@ -68,4 +81,19 @@ pub fn fixtures() -> Option<PathBuf> {
         PathBuf::from,
     );
     dir.is_dir().then_some(dir)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cgroups_are_told_by_their_type() {
+        let both = "31 24 0:27 / /sys/fs/cgroup/pids rw - cgroup cgroup rw,pids\n\
+                    29 24 0:26 / /sys/fs/cgroup rw shared:9 - cgroup2 cgroup2 rw\n";
+        assert!(mountinfo_has_cgroups(both));
+        let none = "24 1 0:22 / /sys rw shared:7 - sysfs sysfs rw\n\
+                    29 24 0:26 / /sys/fs/cgroup rw - tmpfs cgroup rw\n";
+        assert!(!mountinfo_has_cgroups(none));
+    }
 }

@@ -38,7 +38,7 @@ struct Upstream {
 
 /// `None`, said loudly, where this machine lacks something.
 fn upstream() -> Option<Upstream> {
-    if let Some(why) = Line::V2_4.missing().or_else(stargz::missing) {
+    if let Some(why) = Line::V2_4.cannot_run().or_else(stargz::missing) {
         skip(&why);
         return None;
     }

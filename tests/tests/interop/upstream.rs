@@ -18,9 +18,9 @@ use crate::{
     world::ready,
 };
 
-/// Whether containerd 1.6 and ctr-remote, which make the images, are here.
+/// Whether containerd 1.6 and ctr-remote, which make the images and run some for it, are here.
 fn makers() -> bool {
-    let missing = Line::V1_6.missing().or_else(|| {
+    let missing = Line::V1_6.cannot_run().or_else(|| {
         let program = deb_program("ctr-remote", "usr/bin/ctr-remote");
         program
             .is_none()

@@ -1,6 +1,9 @@
 //! Layers that are not lazy, and why.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use suite::{
     host::Came,
@@ -187,21 +190,22 @@ fn a_registry_that_stalls_costs_the_deadline_once() {
     if !ready() {
         return;
     }
-    let fixture = Fixture::new(&format!("{CONFIG}lazy.resolve_timeout = \"2s\"\n"));
+    let fixture = Fixture::new(&format!("{CONFIG}lazy.resolve_timeout = \"5s\"\n"));
     let image = PushedImage::push(&fixture.lab, "a/stalled", "1", &[base(), top()]);
     for layer in &image.layers {
         fixture.lab.stall(layer.digest());
     }
     runtime().block_on(async {
         let host = fixture.host("default").await;
-        let begun = std::time::Instant::now();
+        let begun = Instant::now();
         let (_, came) = host.pull(&image, cri_labels).await;
         assert_eq!(came, [Came::Unpacked, Came::Unpacked]);
-        // One deadline for both layers, not one each; the rest is the machine's.
-        assert!(begun.elapsed().as_secs_f32() < 3.9, "{:?}", begun.elapsed());
+        // One deadline for both layers; one each would be ten seconds at least.
+        let took = begun.elapsed();
+        assert!(took < Duration::from_secs(10), "{took:?}");
         let (_, layers) = fixture.admin("GET", "/v1/layers");
         let why = layers["not_lazy"][1]["why_not"].as_str().expect("a reason");
-        assert!(why.contains("not resolved within 2 s"), "{why}");
+        assert!(why.contains("not resolved within 5 s"), "{why}");
         assert!(why.contains("still fetching its index"), "{why}");
         names_once(why, &image);
     });
