@@ -8,7 +8,10 @@
 use std::{
     collections::{BTreeMap, HashMap},
     fmt::Display,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use parking_lot::RwLock;
@@ -33,6 +36,8 @@ const MOUNT_COUNTER: &str = "mount";
 #[derive(Debug, Default)]
 struct Memory {
     layers: BTreeMap<LayerNumber, Arc<LayerRecord>>,
+    /// The turn of the write that each of them is from.
+    turns: HashMap<LayerNumber, u64>,
     identities: HashMap<Identity, LayerNumber>,
     nodes: HashMap<u64, LayerNumber>,
     mounts: BTreeMap<MountNumber, MountKey>,
@@ -41,7 +46,14 @@ struct Memory {
 }
 
 impl Memory {
-    fn put_layer(&mut self, record: Arc<LayerRecord>) {
+    /// Takes what a write has left, unless a later one is here already: who wrote first need not
+    /// be the first to hear of it.
+    fn put_layer(&mut self, record: Arc<LayerRecord>, turn: u64) {
+        let latest = self.turns.entry(record.number).or_default();
+        if turn < *latest {
+            return;
+        }
+        *latest = turn;
         self.identities.insert(record.identity, record.number);
         self.nodes.insert(record.node, record.number);
         self.layers.insert(record.number, record);
@@ -53,6 +65,8 @@ impl Memory {
 pub struct LayerTable {
     store: Store,
     memory: RwLock<Memory>,
+    /// Counts writes of layers, inside of them: in the order in which the disk has them.
+    turns: Arc<AtomicU64>,
 }
 
 impl LayerTable {
@@ -74,7 +88,8 @@ impl LayerTable {
         let read = reader.transaction();
         for row in read.open_table(LAYERS)?.iter()? {
             let (key, value) = row?;
-            memory.put_layer(Arc::new(decode("layer", key.value(), value.value())?));
+            let record = decode("layer", key.value(), value.value())?;
+            memory.put_layer(Arc::new(record), 0);
         }
         for row in read.open_table(MOUNTS)?.iter()? {
             let (key, value) = row?;
@@ -95,6 +110,7 @@ impl LayerTable {
         Ok(Self {
             store: store.clone(),
             memory: RwLock::new(memory),
+            turns: Arc::default(),
         })
     }
 
@@ -125,9 +141,11 @@ impl LayerTable {
     /// Stores a layer under new numbers (those in `record` are ignored), or returns the one that
     /// has its identity already.
     pub async fn insert(&self, record: LayerRecord) -> Result<Arc<LayerRecord>, StoreError> {
-        let stored = self
+        let turns = Arc::clone(&self.turns);
+        let (stored, turn) = self
             .store
             .write(Durability::Soon, move |writer| {
+                let turn = next_turn(&turns);
                 let mut record = record.clone();
                 let transaction = writer.transaction();
                 let mut identities = transaction.open_table(IDENTITIES)?;
@@ -136,17 +154,18 @@ impl LayerTable {
                 if let Some(number) = identities.get(identity.as_str())?
                     && let Some(known) = layers.get(number.value())?
                 {
-                    return decode("layer", number.value(), known.value());
+                    let known = decode("layer", number.value(), known.value())?;
+                    return Ok((known, turn));
                 }
                 record.number = LayerNumber(next(writer, LAYER_COUNTER)?);
                 record.node = next(writer, NODE_COUNTER)?;
                 layers.insert(record.number.0, encode(&record)?.as_slice())?;
                 identities.insert(identity.as_str(), record.number.0)?;
-                Ok(record)
+                Ok((record, turn))
             })
             .await?;
         let stored = Arc::new(stored);
-        self.memory.write().put_layer(Arc::clone(&stored));
+        self.memory.write().put_layer(Arc::clone(&stored), turn);
         Ok(stored)
     }
 
@@ -158,9 +177,11 @@ impl LayerTable {
         durability: Durability,
         mut change: impl FnMut(&mut LayerRecord) -> bool + Send + 'static,
     ) -> Result<Option<Arc<LayerRecord>>, StoreError> {
+        let turns = Arc::clone(&self.turns);
         let changed = self
             .store
             .write(durability, move |writer| {
+                let turn = next_turn(&turns);
                 let mut layers = writer.transaction().open_table(LAYERS)?;
                 let mut record: LayerRecord = match layers.get(number.0)? {
                     Some(known) => decode("layer", number, known.value())?,
@@ -169,17 +190,19 @@ impl LayerTable {
                 if change(&mut record) {
                     layers.insert(number.0, encode(&record)?.as_slice())?;
                 }
-                Ok(Some(record))
+                Ok(Some((record, turn)))
             })
-            .await?
-            .map(Arc::new);
-        if let Some(record) = &changed {
-            let mut memory = self.memory.write();
-            if memory.layers.contains_key(&number) {
-                memory.put_layer(Arc::clone(record));
-            }
+            .await?;
+        let Some((record, turn)) = changed else {
+            return Ok(None);
+        };
+        let record = Arc::new(record);
+        let mut memory = self.memory.write();
+        if memory.layers.contains_key(&number) {
+            memory.put_layer(Arc::clone(&record), turn);
         }
-        Ok(changed)
+        drop(memory);
+        Ok(Some(record))
     }
 
     /// Forgets a layer and its mounts, unless a snapshot is made of it; false then. The caller has
@@ -224,6 +247,7 @@ impl LayerTable {
         }
         let mut memory = self.memory.write();
         if let Some(record) = memory.layers.remove(&number) {
+            memory.turns.remove(&number);
             memory.identities.remove(&record.identity);
             memory.nodes.remove(&record.node);
         }
@@ -394,6 +418,11 @@ fn next(writer: &Writer<'_>, name: &str) -> Result<u64, StoreError> {
     let number = counters.get(name)?.map_or(0, |value| value.value()) + 1;
     counters.insert(name, number)?;
     Ok(number)
+}
+
+/// Only from within a write: there is one at a time.
+fn next_turn(turns: &AtomicU64) -> u64 {
+    turns.fetch_add(1, Ordering::Relaxed) + 1
 }
 
 fn encode<T: Serialize>(record: &T) -> Result<Vec<u8>, StoreError> {

@@ -107,3 +107,31 @@ async fn numbers_survive_a_restart_and_are_never_reused() {
     };
     assert!(table.mounts_for(&[key]).await.unwrap()[0] > mount);
 }
+
+/// A verdict must not be lost in memory to a change that was written before it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn memory_has_what_was_written_last() {
+    let dir = tempfile::tempdir().unwrap();
+    let table = Arc::new(tokio::task::block_in_place(|| table(dir.path())));
+    let number = table.insert(layer("a")).await.unwrap().number;
+    for round in 0..500 {
+        let writes = (0..8).map(|n| {
+            let table = Arc::clone(&table);
+            tokio::spawn(async move {
+                let change = move |record: &mut LayerRecord| {
+                    record.created = record.created * 31 % 1_000_003 + n;
+                    true
+                };
+                table.update(number, Durability::Soon, change).await
+            })
+        });
+        for write in futures_util::future::join_all(writes).await {
+            assert!(write.unwrap().unwrap().is_some());
+        }
+        let reader = table.store.read().unwrap();
+        let layers = reader.transaction().open_table(LAYERS).unwrap();
+        let row = layers.get(number.0).unwrap().unwrap();
+        let stored: LayerRecord = decode("layer", number, row.value()).unwrap();
+        assert_eq!(*table.layer(number).unwrap(), stored, "round {round}");
+    }
+}
