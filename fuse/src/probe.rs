@@ -140,6 +140,7 @@ impl ProbeReport {
 /// Probes this kernel. Takes about half a second where everything works.
 pub async fn run(options: &ProbeOptions, image: ProbeImage) -> ProbeReport {
     let mut report = ProbeReport::untried("an earlier step failed");
+    detach_leftovers(options).await;
     if let Err((dir, e)) = prepare(options, &image) {
         report.fuse = Finding::Untried(format!("prepare {}: {e}", dir.display()));
         return report;
@@ -353,6 +354,24 @@ impl Probe<'_> {
         let helper = &self.options.helper;
         if let Err(e) = helper.umount(&place, true, self.options.step).await {
             tracing::warn!(error = &e as &dyn std::error::Error, "clean the probe up");
+        }
+    }
+}
+
+/// A daemon that was killed in its probe has left mounts, on a FUSE session that is dead: nothing
+/// could be done in that directory any more.
+async fn detach_leftovers(options: &ProbeOptions) {
+    let mounts = crate::mounts::mountinfo().unwrap_or_default();
+    for mount in mounts.iter().rev() {
+        if !mount.target.starts_with(&options.dir) {
+            continue;
+        }
+        let umount = options.helper.umount(&mount.target, true, options.step);
+        if let Err(e) = umount.await {
+            tracing::warn!(
+                error = &e as &dyn std::error::Error,
+                "a probe's leftover stays"
+            );
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The probe finds what this machine can do, and leaves nothing behind.
 
-use std::{path::PathBuf, time::Duration};
+use std::{fs::File, os::fd::AsFd as _, path::PathBuf, time::Duration};
 
 use fuse::{
     CommandLine,
@@ -85,4 +85,39 @@ fn what_does_not_work_is_said_with_its_reason() {
     assert!(why.contains("mount_erofs"), "{why}");
     assert!(!report.killed_reader.works());
     assert!(!report.lazy_works());
+}
+
+#[test]
+fn what_a_killed_probe_has_left_is_cleared_away() {
+    let Some(world) = World::new(&json!([])) else {
+        return;
+    };
+    // A session nobody holds any more, twice, and an image that was mounted beside it.
+    let place = world.path("probe").join("b");
+    std::fs::create_dir_all(&place).unwrap();
+    let helper = Helper::new(CommandLine::new(FIXTURE, ["mount-helper"]));
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let bound = Duration::from_secs(20);
+    for _ in 0..2 {
+        let device = File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/fuse")
+            .unwrap();
+        let mounted = helper.mount_fuse("probe", &place, device.as_fd(), 128 << 10, bound);
+        runtime.block_on(mounted).unwrap();
+    }
+    let image_file = world.image("left", DEVICE, &[]);
+    let device = world.path("left-device");
+    File::create(&device).unwrap().set_len(DEVICE).unwrap();
+    let target = world.path("probe").join("e1");
+    std::fs::create_dir_all(&target).unwrap();
+    let answer = world.helper(&json!({
+        "op": "mount_erofs", "metadata": image_file, "devices": [device],
+        "target": target, "direct_io": false,
+    }));
+    let left = world.mounts().len();
+    assert_eq!(left, 2 + usize::from(answer["result"] == json!("done")));
+    let report = probe(&world, image(&world));
+    assert_eq!(report.fuse, Finding::Works);
 }
