@@ -1,8 +1,9 @@
-//! What this kernel can present, tried once per boot with a real tiny mount.
+//! What this kernel can present, tried with a real tiny mount; a good answer holds for the boot.
 
 use std::{
     collections::BTreeMap,
     fs, io,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -30,14 +31,45 @@ const STALLED: (u64, u64) = (64 << 10, 20_000);
 /// What was found out, as it is shown and remembered.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Findings {
-    release: String,
-    /// Where the cache was: direct I/O depends on its file system.
-    root: PathBuf,
+    tried: Tried,
     /// By name: `works`, or what does not.
     pub findings: BTreeMap<String, String>,
 }
 
+/// What was tried, by whom: findings hold as long as all of it is the same.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Tried {
+    release: String,
+    boot: String,
+    version: String,
+    /// Where the cache was: direct I/O depends on its file system.
+    root: PathBuf,
+    device: u64,
+}
+
+impl Tried {
+    fn now(root: &Path) -> Self {
+        Self {
+            release: rustix::system::uname()
+                .release()
+                .to_string_lossy()
+                .into_owned(),
+            // Unknown, the release has to do.
+            boot: fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            root: root.to_owned(),
+            device: fs::metadata(root).map_or(0, |metadata| metadata.dev()),
+        }
+    }
+}
+
 impl Findings {
+    /// What an earlier start has written to `file`, if it was about the same.
+    fn remembered(file: &Path, tried: &Tried) -> Option<Self> {
+        let known: Self = serde_json::from_slice(&fs::read(file).ok()?).ok()?;
+        (known.tried == *tried).then_some(known)
+    }
+
     /// Whether EROFS may read complete layers past the page cache of their files.
     pub fn direct_io(&self) -> bool {
         let works = Finding::Works.to_string();
@@ -46,27 +78,23 @@ impl Findings {
 }
 
 /// Whether layers can be presented lazily here, and the reason if not. `state` remembers a good
-/// answer until the next boot; the cache is below `root`.
+/// answer for this boot, daemon version and file system of the cache, which is below `root`.
 pub async fn examine(state: &Path, root: &Path, helper: &Helper) -> (Findings, Result<(), String>) {
-    let mut found = Findings {
-        release: release(),
-        root: root.to_owned(),
-        findings: BTreeMap::new(),
-    };
+    let tried = Tried::now(root);
     let remembered = state.join("kernel-probed");
-    let known = fs::read(&remembered)
-        .ok()
-        .and_then(|text| serde_json::from_slice::<Findings>(&text).ok());
-    if let Some(known) = known
-        && (&known.release, &known.root) == (&found.release, &found.root)
-    {
+    if let Some(known) = Findings::remembered(&remembered, &tried) {
         return (known, Ok(()));
     }
+    let release = tried.release.clone();
+    let mut found = Findings {
+        tried,
+        findings: BTreeMap::new(),
+    };
     let image = match image() {
         Ok(image) => image,
         Err(error) => return (found, Err(format!("probe image: {error}"))),
     };
-    let unsound = unsound_direct_io(&found.release);
+    let unsound = unsound_direct_io(&release);
     let options = ProbeOptions {
         dir: state.join("probe"),
         image_dir: root.join("probe"),
@@ -87,9 +115,9 @@ pub async fn examine(state: &Path, root: &Path, helper: &Helper) -> (Findings, R
     found.findings = findings
         .map(|(name, finding)| (name.to_owned(), finding.to_string()))
         .collect();
-    info!(findings = ?found.findings, release = found.release, "kernel probed");
+    info!(findings = ?found.findings, release, "kernel probed");
     if !report.lazy_works() {
-        let why = format!("Linux {}: {}", found.release, failures(&report));
+        let why = format!("Linux {release}: {}", failures(&report));
         return (found, Err(why));
     }
     let written = serde_json::to_vec(&found)
@@ -142,13 +170,6 @@ fn unsound_direct_io(release: &str) -> Option<String> {
         "this kernel may lack the fix of a use-after-free there (in 6.12.85, 6.18.20, 6.19.10, 7.0)"
             .to_owned()
     })
-}
-
-fn release() -> String {
-    rustix::system::uname()
-        .release()
-        .to_string_lossy()
-        .into_owned()
 }
 
 fn image() -> Result<ProbeImage, erofs::WriteError> {
@@ -213,6 +234,37 @@ mod tests {
             ("garbage", false),
         ] {
             assert_eq!(unsound_direct_io(release).is_none(), sound, "{release}");
+        }
+    }
+
+    #[test]
+    fn findings_hold_for_the_same_boot_version_and_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("kernel-probed");
+        let tried = Tried::now(dir.path());
+        assert!(!tried.boot.is_empty() && tried.device != 0, "{tried:?}");
+        assert_eq!(Findings::remembered(&file, &tried), None);
+        let found = Findings {
+            tried: tried.clone(),
+            findings: [("fuse".to_owned(), "works".to_owned())].into(),
+        };
+        write_whole(&file, &serde_json::to_vec(&found).unwrap()).unwrap();
+        assert_eq!(Findings::remembered(&file, &tried), Some(found));
+        for other in [
+            Tried {
+                boot: "another".into(),
+                ..tried.clone()
+            },
+            Tried {
+                version: "0".into(),
+                ..tried.clone()
+            },
+            Tried {
+                device: tried.device + 1,
+                ..tried.clone()
+            },
+        ] {
+            assert_eq!(Findings::remembered(&file, &other), None, "{other:?}");
         }
     }
 
