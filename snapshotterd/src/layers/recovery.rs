@@ -39,9 +39,6 @@ pub enum RecoverError {
     /// What is mounted cannot be read.
     #[error("cannot read what is mounted")]
     Mounts(#[source] io::Error),
-    /// The store failed.
-    #[error(transparent)]
-    Store(#[from] StoreError),
 }
 
 impl Layers {
@@ -57,11 +54,19 @@ impl Layers {
         let adopted = serving.as_ref().is_ok_and(|blobfs| blobfs.adopted());
         let failure = serving.as_ref().err().cloned();
         self.serving.send_replace(Some(serving));
-        self.mounts
-            .reconcile(adopted)
-            .await
-            .map_err(RecoverError::Mounts)?;
-        self.remove_leftovers().await?;
+        if let Err(error) = self.mounts.reconcile(adopted).await {
+            let why = format!("cannot read what is mounted: {error}");
+            self.presents.send_replace(Some(Err(why)));
+            return Err(RecoverError::Mounts(error));
+        }
+        if let Err(error) = self.remove_leftovers().await {
+            // The disk may be full: nothing else here needs them gone.
+            let error = storage::ranges::report(&error);
+            warn!(
+                error,
+                "leftovers of the former daemon stay until the next start"
+            );
+        }
         let weak = Arc::downgrade(self);
         tokio::spawn(sweep_forever(weak));
         tokio::spawn(give_back_forever(Arc::downgrade(self)));
@@ -94,8 +99,9 @@ impl Layers {
         let directories = tokio::task::spawn_blocking(move || numbered(&layers))
             .await
             .unwrap_or_default();
-        let live = self.store.live_ids()?;
+        // Known first: what is made in between is alive.
         let mut gone = self.table.known_snapshots();
+        let live = self.store.live_ids()?;
         gone.retain(|id| !live.contains(id));
         self.table.forget(gone).await?;
         for record in self.table.layers() {
