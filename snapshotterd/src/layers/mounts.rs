@@ -388,6 +388,10 @@ impl Mounts {
             }
         }
         drop(states);
+        if result.is_ok() {
+            self.used.lock().remove(&number);
+        }
+        // Who waited says again that it uses it.
         drop(done);
         result
     }
