@@ -189,6 +189,12 @@ impl Layers {
         self.table.layer(number)
     }
 
+    /// A layer that is known here and about to be used: it is not deleted for a while.
+    pub fn hold(&self, number: LayerNumber) -> Option<Arc<LayerRecord>> {
+        self.pin(number);
+        self.record(number)
+    }
+
     /// Refuses a layer whose content is known not to be what an image claims it is. `claim` is the
     /// image's, if it is known; without one, an image that lied about the layer is enough.
     pub fn trusted(&self, record: &LayerRecord, claim: Option<Digest>) -> Result<(), Untrusted> {

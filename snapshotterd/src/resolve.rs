@@ -296,7 +296,8 @@ impl Resolver {
         let by_manifest = image.key.manifest.is_some();
         let label = label.filter(|_| !by_manifest);
         let mut state = image.state.lock();
-        if let Some(begun) = state.layers.get(&(digest, label)) {
+        let begun = state.layers.get(&(digest, label));
+        if let Some(begun) = begun.filter(|begun| !self.is_gone(begun)) {
             return begun.clone();
         }
         let (plan, layers, key) = (
@@ -342,6 +343,12 @@ impl Resolver {
         };
         state.layers.insert((digest, label), begun.clone());
         begun
+    }
+
+    /// Whether a layer was resolved and has been deleted since, because nobody used it.
+    fn is_gone(&self, begun: &Begun) -> bool {
+        let resolved = begun.outcome.peek().and_then(|answer| answer.as_ref().ok());
+        resolved.is_some_and(|resolved| self.layers.record(resolved.record.number).is_none())
     }
 }
 

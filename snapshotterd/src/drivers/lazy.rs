@@ -83,6 +83,7 @@ impl From<NotLazy> for Declined {
 impl Lazy {
     /// Answers an extraction Prepare with a committed snapshot.
     async fn prepare_remote(&self, request: &CreateRequest) -> Result<(), Declined> {
+        let begun = Instant::now();
         let announced = Announced::from_labels(&request.labels)?;
         if announced.has_parent_chain && request.parent.is_none() {
             return Err(NotLazy::ParallelUnpack.into());
@@ -90,11 +91,12 @@ impl Lazy {
         let chain = self.chain_below(request)?;
         let namespace = request.namespace.as_deref().unwrap_or_default();
         let mut resolved = self.resolver.resolve(namespace, &announced).await?;
-        self.layers.presentable(PRESENTABLE_LIMIT).await?;
+        // Both together take no longer than the longer of them.
+        let left = PRESENTABLE_LIMIT.saturating_sub(begun.elapsed());
+        self.layers.presentable(left).await?;
         // What was resolved a while ago may have been judged since.
-        if let Some(record) = self.layers.record(resolved.record.number) {
-            resolved.record = record;
-        }
+        let now = self.layers.hold(resolved.record.number);
+        resolved.record = now.ok_or_else(|| NotLazy::Local("the layer was just removed".into()))?;
         self.layers
             .trusted(&resolved.record, resolved.diff_id)
             .map_err(|why| {

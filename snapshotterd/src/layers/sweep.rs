@@ -64,7 +64,9 @@ impl Layers {
         let keep = self.config.cache.keep_unreferenced.0;
         let due: Vec<LayerNumber> = {
             let mut unreferenced = self.unreferenced.lock();
-            unreferenced.retain(|number, _| !referenced.contains(number));
+            // What was held again meanwhile gets the whole time again.
+            unreferenced
+                .retain(|number, _| !referenced.contains(number) && !self.is_pinned(*number));
             self.table
                 .layers()
                 .iter()

@@ -117,7 +117,7 @@ impl Lazy {
             .map_while(|following| {
                 let labels = labels_above(&request.labels, &following);
                 let mut resolved = following.resolved;
-                resolved.record = self.layers.record(resolved.record.number)?;
+                resolved.record = self.layers.hold(resolved.record.number)?;
                 let proven = resolved.record.verdict == Verdict::Proven;
                 let trusted = self
                     .layers
