@@ -114,7 +114,10 @@ impl Lazy {
         }
         if let Some(name) = self.answered_before(request, &announced, &resolved)? {
             self.answers.note(request, &announced.chain, &name);
-            self.take_up(request, &name).await?;
+            if let Err(error) = self.take_up(request, &name).await {
+                // It is the answer all the same.
+                debug!(name, %error, "a snapshot keeps the labels it was committed ahead with");
+            }
             return Ok(());
         }
         let mut layers = vec![Layer::asked(request, &announced, resolved)];
@@ -320,6 +323,7 @@ impl Driver for Lazy {
     async fn remove(&self, key: &SnapshotKey) -> Result<(), DriverError> {
         let id = self.store.read()?.snapshot(key)?.id;
         self.overlayfs.remove(key).await?;
+        self.ahead.take(key);
         self.layers.forget(vec![id]).await?;
         Ok(())
     }

@@ -124,6 +124,20 @@ fn what_is_never_asked_for_can_be_removed_and_pulled_again() {
             known_layers(&fixture.daemon)
         })
         .await;
+        // Removed and asked for, it is no longer one that was committed ahead.
+        let top = LAYERS - 1;
+        let (chain, below) = (&image.chains[top], image.chains[top - 1].to_string());
+        let name = chain.to_string();
+        host.remove(&name).await.expect("Remove");
+        let mut labels = cri_labels(&image, top);
+        for time in ["first", "second"] {
+            let key = host.key(&format!("extract-{time} {chain}"));
+            let answer = host.prepare(&key, &below, labels.clone()).await;
+            assert_eq!(answer.expect_err("lazy").code(), Code::AlreadyExists);
+            let info = host.stat(&name).await.expect("committed");
+            assert!(!info.labels.contains_key("example.com/own"), "{time}");
+            labels.insert("example.com/own".to_owned(), time.to_owned());
+        }
         for chain in image.chains.iter().rev() {
             host.remove(&chain.to_string())
                 .await

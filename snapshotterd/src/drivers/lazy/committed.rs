@@ -6,7 +6,11 @@
 //! containerd asks for them next, and finds them committed. What it never asks for (the pull was
 //! cancelled) is to containerd a snapshot that nobody knows, which its garbage collection removes.
 
-use std::{collections::HashSet, sync::Arc};
+use std::{
+    collections::HashSet,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use parking_lot::Mutex;
 use storage::ranges::report;
@@ -32,7 +36,8 @@ use crate::{
     },
 };
 
-/// Names of snapshots that were committed before containerd asked for them, until it does.
+/// Names of snapshots that were committed before containerd asked for them, until it does or they
+/// are removed.
 #[derive(Debug, Default)]
 pub(super) struct Ahead {
     names: Mutex<HashSet<SnapshotKey>>,
@@ -40,6 +45,9 @@ pub(super) struct Ahead {
 
 /// Names remembered; beyond that they keep the labels they were committed with.
 const REMEMBERED: usize = 65_536;
+/// Layers above are chosen for this long: attributes that they inherit are looked up in all layers
+/// below, and the request waits.
+const CHOOSING: Duration = Duration::from_millis(500);
 
 impl Ahead {
     fn note(&self, keys: impl Iterator<Item = SnapshotKey>) {
@@ -49,7 +57,8 @@ impl Ahead {
         }
     }
 
-    fn take(&self, key: &SnapshotKey) -> bool {
+    /// Whether `key` was one of them; it is not from now on.
+    pub(super) fn take(&self, key: &SnapshotKey) -> bool {
         self.names.lock().remove(key)
     }
 }
@@ -133,7 +142,7 @@ impl Lazy {
     }
 
     /// Chooses each layer's metadata image on top of `chain` and the ones before it, and reserves
-    /// the mounts. Only the first has to succeed.
+    /// the mounts. Only the first has to succeed, and to be waited for.
     pub(super) async fn present(
         &self,
         mut chain: Chain,
@@ -141,7 +150,11 @@ impl Lazy {
     ) -> Result<Vec<Presented>, NotLazy> {
         let mut presented: Vec<Presented> = Vec::with_capacity(layers.len());
         let mut keys = Vec::with_capacity(layers.len());
+        let begun = Instant::now();
         for layer in layers {
+            if !presented.is_empty() && begun.elapsed() > CHOOSING {
+                break;
+            }
             let record = &layer.resolved.record;
             let below = chain.lookups(&self.layers, &self.overlayfs);
             let variant = match self.layers.variant(record, below).await {
