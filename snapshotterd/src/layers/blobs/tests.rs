@@ -1,7 +1,7 @@
 use std::{io::Cursor, path::Path};
 
 use formats::stargz::{WriterOptions, build, inflate_toc, parse_footer};
-use storage::{cache::SchedulerOptions, ranges::RangeSource};
+use storage::{cache::SchedulerOptions, ranges::RangeSource, source::BoxFuture};
 
 use super::*;
 use crate::{
