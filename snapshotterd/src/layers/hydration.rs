@@ -1,6 +1,6 @@
 //! Starts hydration and records how it ended.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use formats::digest::Digest;
 use storage::{
@@ -19,6 +19,9 @@ use crate::{
     store::{Durability, StoreError},
     trust::TocProver,
 };
+
+/// A verdict that could not be recorded is recorded after this time.
+const RECORD_AGAIN: Duration = Duration::from_secs(30);
 
 impl From<Hydration> for Mode {
     fn from(mode: Hydration) -> Self {
@@ -66,13 +69,15 @@ impl Layers {
         let this = Arc::clone(self);
         let watch = async move {
             let record = over.await;
-            if let Some(record) = record
-                && let Err(error) = this.conclude(number, &record).await
-            {
-                warn!(
-                    error = &error as &dyn std::error::Error,
-                    "cannot record a verdict"
-                );
+            if let Some(record) = record {
+                // The disk may be full; a refuted layer is refused only once that is recorded.
+                while let Err(error) = this.conclude(number, &record).await {
+                    warn!(
+                        error = &error as &dyn std::error::Error,
+                        "cannot record a verdict; it is tried again"
+                    );
+                    tokio::time::sleep(RECORD_AGAIN).await;
+                }
             }
             // Only now: whoever waits for the verdict reads it from the table.
             this.watched.lock().remove(&number);
